@@ -1,0 +1,45 @@
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help run test lab export lint artifacts clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@echo "make <target> [PYTHON=python3.12] [ARGS='...']   (the first use installs into .venv, a few minutes and 6 GB)"
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+run: $(STAMP)  ## run the book from the first notebook to the last; ARGS='07_ddpm' for one
+	$(BIN)/diffusion-nb run $(ARGS)
+
+test: $(STAMP)  ## check every notebook against its stored outputs, and the library
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+lab: $(STAMP)  ## open the book in JupyterLab
+	$(BIN)/jupyter lab $(ARGS) nbs
+
+export: $(STAMP)  ## write diffusion_nb/ and README.md from the notebooks
+	$(BIN)/nbdev-export
+	$(BIN)/python tools/readme.py
+
+lint: $(STAMP)  ## ruff, on notebooks too
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+artifacts: $(STAMP)  ## train every small network again and compare with the cards
+	$(BIN)/diffusion-nb artifacts $(ARGS)
+
+clean:  ## remove what was made here, except .venv and data
+	rm -rf runs _book build dist .ruff_cache .pytest_cache .hypothesis
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	  { echo "$(PYTHON) is missing or not Python 3.11 to 3.13: name one that is, as in 'make $(or $(MAKECMDGOALS),run) PYTHON=python3.12'" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv: install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@rm -f $@
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
