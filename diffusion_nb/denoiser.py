@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['Pred', 'predict_x0', 'predict_eps', 'predict_v', 'predict_score', 'Denoiser', 'thousandths', 'NetDenoiser', 'Clip',
-           'snr', 'denoising_loss', 'GMMDenoiser']
+           'snr', 'snr_plus_one', 'denoising_loss', 'GMMDenoiser']
 
-# %% ../nbs/04_denoiser.ipynb #137e70e6
+# %% ../nbs/04_denoiser.ipynb #92b8e0d2
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import like
+from .core import check_labels, like
 from .data import GaussianMixture
 from .forward import Schedule, q_sample
 
@@ -63,7 +63,7 @@ def predict_score(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     "(c_skip, c_out) for a network that predicts the score, -eps / sigma; not where alpha = 0."
     return 1 / alpha, sigma**2 / alpha
 
-# %% ../nbs/04_denoiser.ipynb #f1dfa170
+# %% ../nbs/04_denoiser.ipynb #442df7c4
 class Denoiser(nn.Module):
     "(x_t, t, **cond) ↦ Pred, for one `schedule`. t: one time for all samples, or one for each, above 0."
 
@@ -95,14 +95,16 @@ class NetDenoiser(Denoiser):
         super().__init__()
         self.net, self.schedule, self.predict, self.c_in, self.c_noise = net, schedule, predict, c_in, c_noise
         if not all(torch.isfinite(c) for c in predict(*schedule(torch.ones((), dtype=torch.float64)))):
-            raise ValueError(f"{predict.__name__} divides by alpha, which is 0 at t = 1 in this schedule: "
+            raise ValueError(f"{getattr(predict, '__name__', predict)} divides by alpha, which is 0 at t = 1 in this schedule: "
                              "use predict_v or predict_x0")  # fmt: skip
 
     def forward(self, x_t, t, **cond):
         alpha, sigma = (like(c, x_t) for c in self.schedule(t))
         c_skip, c_out = self.predict(alpha, sigma)
         scaled = x_t if self.c_in is None else self.c_in(alpha, sigma) * x_t
-        out = self.net(scaled, self.c_noise(t).to(x_t.dtype).expand(len(x_t)), **cond)
+        out = self.net(scaled, self.c_noise(t).float().expand(len(x_t)), **cond)
+        if out.shape != x_t.shape:
+            raise ValueError(f"the network returned {tuple(out.shape)} for pictures {tuple(x_t.shape)}")
         return Pred(x_t, alpha, sigma, torch.addcmul(c_skip * x_t, c_out, out.to(x_t.dtype)))
 
 
@@ -117,10 +119,15 @@ class Clip(Denoiser):
         pred = self.denoiser(x_t, t, **cond)
         return pred._replace(x0=pred.x0.clamp(self.low, self.high))
 
-# %% ../nbs/04_denoiser.ipynb #008cb038
+# %% ../nbs/04_denoiser.ipynb #06a96edb
 def snr(schedule: Schedule, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     "alpha² / sigma²: the weight on the error of x0 that makes it the error of the noise, DDPM's L_simple. (VDM-w)"
     return schedule.logsnr(t).exp()
+
+
+def snr_plus_one(schedule: Schedule, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    "1 + alpha² / sigma²: makes it, for a VP schedule, the error of the velocity. (VDM-w)"
+    return 1 + snr(schedule, t)
 
 
 def denoising_loss(denoiser: Denoiser, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], eps: Float[Tensor, "b *d"],
@@ -129,7 +136,7 @@ def denoising_loss(denoiser: Denoiser, x0: Float[Tensor, "b *d"], t: Float[Tenso
     pred = denoiser(q_sample(denoiser.schedule, x0, t, eps), t, **cond)
     return weight(denoiser.schedule, t).to(x0.dtype) * (pred.x0 - x0).square().flatten(1).mean(1)
 
-# %% ../nbs/04_denoiser.ipynb #53067fe7
+# %% ../nbs/04_denoiser.ipynb #5b5d7017
 class GMMDenoiser(Denoiser):
     """The exact denoiser E[x0 | x_t] for data from a Gaussian mixture: the oracle of every test in this book.
 
@@ -149,6 +156,7 @@ class GMMDenoiser(Denoiser):
         z = torch.einsum("kij,nki->nkj", m.axes, x_t.double().flatten(1)[:, None] - alpha * m.means)
         log_joint = m.weights.log() - 0.5 * (z**2 / var + (2 * math.pi * var).log()).sum(-1)
         if y is not None:
+            check_labels(y, len(m.weights))
             chosen = torch.arange(len(m.weights) + 1, device=y.device) == y[:, None]  # the last column: any
             log_joint = log_joint.masked_fill(~(chosen[:, :-1] | chosen[:, -1:]), -math.inf)
         means = m.means + torch.einsum("kij,nkj->nki", m.axes, alpha * m.variances / var * z)

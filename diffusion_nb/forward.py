@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'vp', 'linear_betas', 'cosine_betas', 'DDPMSchedule', 'VPSchedule', 'CosineSchedule', 'VESchedule',
-           'EDMSchedule', 'transition', 'q_sample', 'q_step']
+           'EDMSchedule', 'transition', 'q_sample', 'q_step', 'check_batch']
 
 # %% ../nbs/02_forward.ipynb #05caaea8
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .core import check_time, like
 
-# %% ../nbs/02_forward.ipynb #da2563fc
+# %% ../nbs/02_forward.ipynb #24f852bf
 class Schedule(nn.Module):
     """t ↦ (alpha, sigma), with t in [0, 1] and the data at t = 0; log SNR falls strictly. (VDM-1, VDM-2)
 
@@ -26,8 +26,9 @@ class Schedule(nn.Module):
 
     def forward(self, t: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
         "(alpha, sigma), each shaped like t. Raises ValueError where t is outside [0, 1]."
+        t = torch.as_tensor(t, dtype=torch.float64)
         check_time(t)
-        return self.coefficients(t.double())
+        return self.coefficients(t)
 
     def logsnr(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         "λ(t) = log(alpha² / sigma²); infinite where sigma is 0."
@@ -39,7 +40,7 @@ def vp(logsnr: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, 
     "The variance-preserving (alpha, sigma) with this log SNR."
     return logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
 
-# %% ../nbs/02_forward.ipynb #cc493d8a
+# %% ../nbs/02_forward.ipynb #1a0209d4
 def linear_betas(T: int = 1000) -> Float[Tensor, " T"]:
     "DDPM's variances, 1e-4 to 0.02 at T = 1000, scaled by 1000/T otherwise (T ≥ 21). (IMP-sched; DDPM sec. 4)"
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
@@ -63,11 +64,18 @@ class DDPMSchedule(Schedule):
     def __init__(self, betas: Float[Tensor, " T"]):
         super().__init__()
         betas = torch.as_tensor(betas, dtype=torch.float64)
-        if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
             raise ValueError(f"betas: expected a vector of variances in (0, 1); got {betas}")
         self.T = len(betas)
         log_abar = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])
         self.register_buffer("log_abar", log_abar)
+
+    def _apply(self, fn, recurse=True):
+        "Moved with the module, but never cast."
+        table = self.log_abar
+        super()._apply(fn, recurse)
+        self.log_abar = table.to(self.log_abar.device)
+        return self
 
     def coefficients(self, t):
         i = t * self.T
@@ -75,12 +83,18 @@ class DDPMSchedule(Schedule):
         log_abar = torch.lerp(self.log_abar.take(step), self.log_abar.take(step + 1), i - step)
         return (log_abar / 2).exp(), log_abar.expm1().abs().sqrt()
 
-# %% ../nbs/02_forward.ipynb #3a1391d7
+# %% ../nbs/02_forward.ipynb #de60d186
+def _check_rising(smallest: float, largest: float) -> None:
+    if not 0 < smallest < largest:
+        raise ValueError(f"expected 0 < {smallest:g} < {largest:g}, so that noise grows with time")
+
+
 class VPSchedule(Schedule):
     "Continuous variance-preserving diffusion, noise rate beta(t) linear from `start` to `end`. (VDM-1; Song et al. 2021)"
 
     def __init__(self, start: float = 0.1, end: float = 20.0):
         super().__init__()
+        _check_rising(start, end)
         self.start, self.end = start, end
 
     def coefficients(self, t):
@@ -93,6 +107,8 @@ class CosineSchedule(Schedule):
 
     def __init__(self, bound: float = 20.0):
         super().__init__()
+        if bound <= 0:
+            raise ValueError(f"bound: expected a positive log SNR; got {bound}")
         self.first, self.last = math.atan(math.exp(-bound / 2)), math.atan(math.exp(bound / 2))
 
     def coefficients(self, t):
@@ -105,6 +121,7 @@ class VESchedule(Schedule):
 
     def __init__(self, smallest: float = 0.01, largest: float = 50.0):
         super().__init__()
+        _check_rising(smallest, largest)
         self.smallest, self.largest = smallest, largest
 
     def coefficients(self, t):
@@ -116,17 +133,19 @@ class EDMSchedule(Schedule):
 
     def __init__(self, smallest: float = 0.002, largest: float = 80.0, rho: float = 7.0):
         super().__init__()
+        _check_rising(smallest, largest)
         self.smallest, self.largest, self.rho = smallest, largest, rho
 
     def coefficients(self, t):
         low, high = self.smallest ** (1 / self.rho), self.largest ** (1 / self.rho)
         return torch.ones_like(t), (low + t * (high - low)) ** self.rho
 
-# %% ../nbs/02_forward.ipynb #9b2af07e
+# %% ../nbs/02_forward.ipynb #83c53082
 def transition(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor, "*b"]):
-    "(alpha_ts, var_ts) of q(x_t | x_s) = N(alpha_ts x_s, var_ts I), any s ≤ t, in float64. (VDM-3; DDPM-2 is s = t - 1/T)"
-    if (torch.as_tensor(s).to(t) > t).any():
-        raise ValueError(f"transition: expected s ≤ t everywhere; got s = {s}, t = {t}")
+    "(alpha_ts, var_ts) of q(x_t | x_s) = N(alpha_ts x_s, var_ts I), any s < t, in float64. (VDM-3; DDPM-2 is s = t - 1/T)"
+    s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (s, t))
+    if not (s < t).all():
+        raise ValueError(f"transition: expected s < t everywhere; got s = {s}, t = {t}")
     alpha_s, sigma_s = schedule(s)
     alpha_t, sigma_t = schedule(t)
     change = 2 * ((alpha_t / alpha_s).log() - (sigma_t / sigma_s).log())  # λ_t - λ_s
@@ -135,21 +154,25 @@ def transition(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor, "*b"
 
 def q_sample(schedule: Schedule, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], eps: Float[Tensor, "b *d"]):
     "x_t = alpha_t x0 + sigma_t eps, one time a sample (or one for all). (VDM-1, DDPM-4)"
-    _check_batch(x0, t, eps=eps)
+    check_batch(x0, t, eps=eps)
     alpha, sigma = schedule(t)
     return like(alpha, x0) * x0 + like(sigma, x0) * eps
 
 
 def q_step(schedule: Schedule, x_s: Float[Tensor, "b *d"], s: Tensor, t: Tensor, eps: Float[Tensor, "b *d"]):
     "x_t = alpha_ts x_s + sqrt(var_ts) eps: a sample of q(x_t | x_s). (VDM-3, DDPM-2)"
-    _check_batch(x_s, t, eps=eps)
+    check_batch(x_s, t, eps=eps)
     alpha_ts, var_ts = transition(schedule, s, t)
     return like(alpha_ts, x_s) * x_s + like(var_ts.sqrt(), x_s) * eps
 
 
-def _check_batch(x: Tensor, t: Tensor, **others: Tensor) -> None:
+def check_batch(x: Tensor, t: Tensor, **others: Tensor) -> None:
+    "Raise ValueError unless x is floating-point, the others are shaped like it, and t is one time, or one a sample."
+    if not x.is_floating_point():
+        raise ValueError(f"expected pictures as floating-point numbers, [-1, 1] for black to white; got {x.dtype}")
     for name, other in others.items():
         if other.shape != x.shape:
             raise ValueError(f"{name}: expected the shape of the pictures, {tuple(x.shape)}; got {tuple(other.shape)}")
-    if t.ndim and t.shape != x.shape[:1]:
-        raise ValueError(f"t: expected one time, or one for each of {len(x)} pictures; got shape {tuple(t.shape)}")
+    times = torch.as_tensor(t).shape
+    if times and times != x.shape[:1]:
+        raise ValueError(f"t: expected one time, or one for each of {len(x)} pictures; got shape {tuple(times)}")

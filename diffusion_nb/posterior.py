@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Step', 'posterior_steps', 'q_posterior']
 
-# %% ../nbs/03_posterior.ipynb #07d11b3a
+# %% ../nbs/03_posterior.ipynb #a63bb71c
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .core import like
-from .forward import Schedule
+from .forward import Schedule, check_batch
 
-# %% ../nbs/03_posterior.ipynb #096e8005
+# %% ../nbs/03_posterior.ipynb #ddb59719
 class Step(NamedTuple):
     """One reverse step t → s, or many: x_s ~ N(a x_t + b x0, variance).
 
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 def posterior_steps(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor, "*b"]) -> Step:
     "The coefficients of q(x_s | x_t, x0) for any s < t in float64; a whole grid of times at once if need be. (VDM-4)"
-    s, t = s.double(), t.double()
+    s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (s, t))
     if not (s < t).all():
         raise ValueError(f"expected s < t in each step, time running from noise at 1 to data at 0; got s = {s}, t = {t}")
     (alpha_s, sigma_s), (alpha_t, sigma_t) = schedule(s), schedule(t)
@@ -42,7 +42,6 @@ def posterior_steps(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor,
 
 def q_posterior(schedule: Schedule, x_t: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"], s: Tensor, t: Tensor):
     "Mean (like x_t) and variance (broadcastable to it) of q(x_s | x_t, x0), any s < t. (VDM-4, DDPM-6/7 is s = t - 1/T)"
-    if x0.shape != x_t.shape:
-        raise ValueError(f"x0: expected the shape of x_t, {tuple(x_t.shape)}; got {tuple(x0.shape)}")
+    check_batch(x_t, t, x0=x0)
     step = posterior_steps(schedule, s, t)
     return like(step.a, x_t) * x_t + like(step.b, x_t) * x0, like(step.small, x_t)

@@ -49,9 +49,7 @@ def test_library_is_what_the_notebooks_export(tmp_path):
     package.mkdir()
     for path in ("pyproject.toml", "settings.ini", "diffusion_nb/__init__.py"):  # __init__ holds the version
         shutil.copy(ROOT / path, tmp_path / path)
-    done = subprocess.run(
-        [Path(sys.executable).with_name("nbdev-export")], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     want, have = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*.py")} for f in (package, ROOT / "diffusion_nb"))
     assert len(want) > 2
@@ -83,9 +81,7 @@ def shows_something(cell) -> bool:
 @pytest.mark.parametrize("stem", NOTEBOOKS)
 def test_every_cell_that_shows_something_has_its_output_stored(stem):
     missing = [
-        n
-        for n, cell in code_cells(stem)
-        if not EVAL_FALSE.search(cell.source) and not cell.outputs and shows_something(cell)
+        n for n, cell in code_cells(stem) if not EVAL_FALSE.search(cell.source) and not cell.outputs and shows_something(cell)
     ]
     assert not missing, f"{stem}: run it and save it; no stored output in code cells {missing}"
 

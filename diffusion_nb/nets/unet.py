@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['time_embedding', 'zero', 'norm', 'ResBlock', 'Attention', 'Down', 'Up', 'UNet', 'parameters']
 
-# %% ../../nbs/06_unet.ipynb #a4814dc9
+# %% ../../nbs/06_unet.ipynb #e7600ae7
 import math
 from collections.abc import Sequence
 
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from ..core import check_labels
 
 # %% ../../nbs/06_unet.ipynb #e16c0d38
 def time_embedding(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b {dim}"]:
@@ -86,7 +88,7 @@ class Up(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 2*h 2*w"]:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-# %% ../../nbs/06_unet.ipynb #7e43ad6e
+# %% ../../nbs/06_unet.ipynb #3b023981
 class UNet(nn.Module):
     """The U-Net of DDPM: `UNet()` is its CIFAR-10 network, 35,746,307 parameters. (IMP-unet, SUR-unet)
 
@@ -104,6 +106,9 @@ class UNet(nn.Module):
                  attention: Sequence[int] = (1,), head_width: int = 0, classes: int = 0, dropout: float = 0.0,
                  patch: int = 1, channels_out: int = 0):  # fmt: skip
         super().__init__()
+        if width % 4 or not set(attention) <= set(range(len(mults))):
+            raise ValueError(f"expected a width that is a multiple of 4, and attention at levels 0 to {len(mults) - 1}; "
+                             f"got width {width}, attention {tuple(attention)}")  # fmt: skip
         self.width, self.patch, self.multiple = width, patch, patch * 2 ** (len(mults) - 1)
         self.embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width), nn.SiLU())
         self.label = nn.Embedding(classes + 1, width) if classes else None
@@ -123,7 +128,9 @@ class UNet(nn.Module):
             if i + 1 < len(mults):
                 self.down.append(Down(c))
                 pile.append(c)
-        self.middle = nn.ModuleList([ResBlock(c, c, 4 * width, dropout), Attention(c, head_width), ResBlock(c, c, 4 * width, dropout)])
+        self.middle = nn.ModuleList(
+            [ResBlock(c, c, 4 * width, dropout), Attention(c, head_width), ResBlock(c, c, 4 * width, dropout)]
+        )
         self.up = nn.ModuleList()
         for i in reversed(range(len(mults))):
             for _ in range(blocks + 1):
@@ -136,7 +143,7 @@ class UNet(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], y: Int[Tensor, " b"] | None = None):
         "The output for pictures x at network times t (0 to 1000), labels y if the network has classes."
         self._check(x, y)
-        emb = time_embedding(t, self.width)
+        emb = time_embedding(t, self.width).to(x.dtype)
         emb = self.embed(emb if y is None else emb + self.label(y))
         h = self.stem(F.pixel_unshuffle(x, self.patch))
         pile = [h]
@@ -156,6 +163,8 @@ class UNet(nn.Module):
         if (y is None) == (self.label is not None):
             raise ValueError("y: expected a label for each picture (y = classes means any)" if y is None else
                              "y: this network was built without classes")  # fmt: skip
+        if y is not None:
+            check_labels(y, self.label.num_embeddings - 1)
 
 
 def parameters(module: nn.Module) -> int:

@@ -1,0 +1,530 @@
+"""Wrong input is refused at the door, and the message says what was expected."""
+
+import gzip
+import hashlib
+import re
+import struct
+import urllib.request
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_nb import data
+from diffusion_nb.core import Noise, check_finite, check_time, ints, project_root, settings
+from diffusion_nb.data import DATA_SETS, GaussianMixture, fashion_mnist, mnist, random_mixture
+from diffusion_nb.denoiser import (
+    Denoiser,
+    GMMDenoiser,
+    NetDenoiser,
+    predict_eps,
+    predict_score,
+    predict_v,
+    predict_x0,
+)
+from diffusion_nb.forward import (
+    CosineSchedule,
+    DDPMSchedule,
+    EDMSchedule,
+    Schedule,
+    VESchedule,
+    VPSchedule,
+    linear_betas,
+    q_sample,
+    q_step,
+    transition,
+)
+from diffusion_nb.nets.unet import UNet
+from diffusion_nb.posterior import posterior_steps, q_posterior
+
+nan, inf = float("nan"), float("inf")
+CHAIN = DDPMSchedule(linear_betas())
+x = torch.zeros(4, 1, 8, 8)
+T = torch.tensor
+
+
+def refused(*says: str):
+    "ValueError whose message holds all of these."
+    return pytest.raises(ValueError, match="(?s)" + "".join(f"(?=.*{re.escape(s)})" for s in says))
+
+
+# times
+
+
+@pytest.mark.parametrize(
+    "f", [CHAIN, VPSchedule(), CosineSchedule(), VESchedule(), EDMSchedule()], ids=lambda f: type(f).__name__
+)
+@pytest.mark.parametrize("t", [-1e-6, 1.000001, 500, nan, inf, -inf, [0.5, 1.5], [-0.5, 0.5], [0.5, nan], [nan, 0.5]])
+def test_times_outside_0_1(f, t):
+    for call in (f, f.logsnr, check_time):
+        with refused("t: expected times in [0, 1]", "got values from"):
+            call(T(t, dtype=torch.float64))
+
+
+def test_times_at_the_ends_are_fine():
+    for t in (0.0, 1.0, [0.0, 1.0], 0, 1, []):
+        CHAIN(T(t))
+
+
+def test_the_message_names_the_worst_times():
+    with refused("from -0.5 to 3"):
+        CHAIN(T([0.1, 3.0, -0.5, 0.2]))
+
+
+@pytest.mark.parametrize("s, t", [(0.5, 0.5), (0.6, 0.5), ([0.1, 0.5], [0.2, 0.4]), ([0.1, 0.6], 0.5), (nan, 0.5), (0.5, nan)])
+def test_posterior_wants_s_below_t(s, t):
+    with refused("expected s < t", "noise at 1"):
+        posterior_steps(CHAIN, T(s), T(t))
+    with refused("expected s < t"):
+        q_posterior(CHAIN, x[:2], x[:2], T(s), T(t))
+
+
+def test_transition_wants_s_up_to_t():
+    with refused("expected s ≤ t everywhere"):
+        transition(CHAIN, T(0.6), T(0.5))
+    with refused("expected s ≤ t everywhere"):
+        q_step(CHAIN, x, T([0.1, 0.1, 0.1, 0.6]), T(0.5).expand(4), x)
+    a, v = transition(CHAIN, T(0.5), T(0.5))
+    assert a == 1 and v == 0
+    for s, t in ((nan, 0.5), (0.5, nan), (-0.1, 0.5), (0.5, 1.1)):
+        with refused("expected times in [0, 1]"):
+            transition(CHAIN, T(s), T(t))
+
+
+# shapes
+
+
+@pytest.mark.parametrize("call", [q_sample, lambda f, x, t, e: q_step(f, x, t * 0, t, e)], ids=["q_sample", "q_step"])
+def test_shapes_of_noising(call):
+    t = torch.full((4,), 0.5)
+    for eps in (x[:1], x[:, 0], torch.zeros(4, 3, 8, 8), torch.zeros(())):
+        with refused("eps: expected the shape of the pictures, (4, 1, 8, 8); got", str(tuple(eps.shape))):
+            call(CHAIN, x, t, eps)
+    for bad in (t[:3], t[:1], t[:, None], t[:, None, None, None]):
+        with refused("t: expected one time, or one for each of 4 pictures; got shape", str(tuple(bad.shape))):
+            call(CHAIN, x, bad, x)
+    assert call(CHAIN, x, t, x).shape == call(CHAIN, x, t[0], x).shape == x.shape
+
+
+def test_shapes_of_the_posterior():
+    with refused("x0: expected the shape of x_t, (4, 1, 8, 8); got (1, 1, 8, 8)"):
+        q_posterior(CHAIN, x, x[:1], T(0.1), T(0.5))
+    with pytest.raises((ValueError, RuntimeError), match="3"):
+        q_posterior(CHAIN, x, x, torch.zeros(3), torch.ones(3))
+
+
+@pytest.mark.xfail(strict=True, reason="q_posterior does not look at the shape of t: the result has five axes")
+def test_posterior_times_of_a_wrong_shape():
+    with refused("t: expected one time"):
+        q_posterior(CHAIN, x, x, torch.zeros(4, 1), torch.ones(4, 1))
+
+
+# schedules and denoisers
+
+
+@pytest.mark.parametrize("betas", [[0.0], [1.0], [-0.1, 0.5], [0.5, 1.5], [0.5, nan], [inf], 0.5, [[0.1, 0.2]]])
+def test_betas_outside_0_1(betas):
+    with refused("betas: expected a vector of variances in (0, 1); got"):
+        DDPMSchedule(T(betas))
+
+
+@pytest.mark.xfail(strict=True, reason="casting a model casts the chain's table; a vector of times then fails")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_casting_a_model_leaves_its_schedule_exact(dtype):
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    denoiser = NetDenoiser(Same(), DDPMSchedule(linear_betas())).to(dtype)
+    for got, want in zip(denoiser.schedule(t), CHAIN(t), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.xfail(strict=True, reason="a chain of no steps is taken: log SNR is infinite at every t")
+def test_no_betas():
+    with refused("betas"):
+        DDPMSchedule(T([]))
+
+
+def test_linear_betas_of_a_chain_too_short():
+    assert DDPMSchedule(linear_betas(21)).T == 21
+    with refused("betas: expected a vector of variances in (0, 1)"):
+        DDPMSchedule(linear_betas(20))
+
+
+class ToPureNoise(Schedule):
+    "alpha = 0 at t = 1."
+
+    def coefficients(self, t):
+        return (1 - t**2).sqrt(), t
+
+
+class Same(nn.Module):
+    def forward(self, x, t):
+        return x
+
+
+def singular_out(alpha, sigma):
+    return alpha, sigma / alpha
+
+
+@pytest.mark.parametrize("row", [predict_eps, predict_score, singular_out])
+def test_rows_that_divide_by_alpha(row):
+    with refused(row.__name__, "divides by alpha, which is 0 at t = 1", "use predict_v or predict_x0"):
+        NetDenoiser(Same(), ToPureNoise(), row)
+    NetDenoiser(Same(), CHAIN, row)
+
+
+@pytest.mark.parametrize("row", [predict_v, predict_x0])
+def test_rows_that_do_not(row):
+    noise = Noise(range(4), (1, 8, 8))(0)
+    pred = NetDenoiser(Same(), ToPureNoise(), row)(noise, T(1.0))
+    assert torch.equal(pred.eps, noise)  # all is noise at alpha = 0
+    assert torch.equal(pred.x0, noise if row is predict_x0 else -noise)
+
+
+def test_denoisers_refuse_times_outside_0_1():
+    for denoiser, x_t in ((NetDenoiser(Same(), CHAIN), x), (GMMDenoiser(random_mixture(), CHAIN), torch.zeros(4, 2))):
+        assert isinstance(denoiser, Denoiser)
+        for t in (T(1.1), T(nan), T([0.5, 0.5, 0.5, -0.5])):
+            with refused("t: expected times in [0, 1]"):
+                denoiser(x_t, t)
+
+
+# mixtures
+
+EYE = torch.eye(2).expand(2, 2, 2)
+ZERO = torch.zeros(2, 2)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.6], [-0.5, 1.5], [0.0, 1.0], [0.3, 0.3]])
+def test_weights_of_a_mixture(weights):
+    with refused("weights: expected positive numbers that sum to 1"):
+        GaussianMixture(weights, ZERO, EYE)
+
+
+@pytest.mark.parametrize(
+    "weights, means, covs",
+    [
+        ([1.0], ZERO, EYE),
+        ([0.5, 0.5], ZERO, EYE[0]),
+        ([0.5, 0.5], ZERO, EYE[:1]),
+        ([0.5, 0.5], torch.zeros(2, 3), EYE),
+        ([0.5, 0.5], torch.zeros(3, 2), EYE),
+    ],
+)
+def test_shapes_of_a_mixture(weights, means, covs):
+    k, d = means.shape
+    with refused(f"expected weights ({k},) and covs ({k}, {d}, {d}) for means ({k}, {d})", str(tuple(covs.shape))):
+        GaussianMixture(weights, means, covs)
+
+
+@pytest.mark.parametrize("cov", [[[1, 1], [0, 1]], [[1, 0], [0, -1]], [[1, 2], [2, 1]], [[nan, 0], [0, 1]], [[inf, 0], [0, 1]]])
+def test_covariances_of_a_mixture(cov):
+    with refused("covs: expected symmetric matrices without negative eigenvalues"):
+        GaussianMixture([0.5, 0.5], ZERO, torch.stack([torch.eye(2), T(cov).float()]))
+
+
+@pytest.mark.xfail(strict=True, reason="NaN weights and means pass, and every density is NaN")
+@pytest.mark.parametrize("weights, means", [([nan, 1.0], 0.0), ([0.5, 0.5], nan), ([0.5, 0.5], inf)])
+def test_not_numbers_in_a_mixture(weights, means):
+    with refused("expected"):
+        GaussianMixture(weights, ZERO + means, EYE)
+
+
+@pytest.mark.xfail(strict=True, reason="the guess is NaN, silently")
+@pytest.mark.parametrize("label", [4, -1])
+def test_labels_of_the_oracle(label):
+    oracle = GMMDenoiser(random_mixture(k=3), CHAIN)
+    assert oracle(torch.zeros(1, 2), T(0.5), y=T([3])).x0.isfinite().all()
+    with pytest.raises((ValueError, IndexError)):
+        oracle(torch.zeros(1, 2), T(0.5), y=T([label]))
+
+
+def test_check_finite():
+    check_finite(T([0.0, 1e38]), "x")
+    check_finite(T([0, 1]), "x")
+    for bad, n in (([nan, 0.0], 1), ([inf, -inf], 2)):
+        with refused(f"pictures: {n} of its 2 values are NaN or infinite"):
+            check_finite(T(bad), "pictures")
+
+
+# noise
+
+
+def test_seeds():
+    for seeds in (3, [[1, 2]], torch.zeros(2, 2, dtype=torch.int64)):
+        with refused("seeds: expected one integer a sample"):
+            Noise(seeds, (2,))
+    with pytest.raises((ValueError, OverflowError)):
+        Noise([2**63], (2,))
+    assert Noise([], (3, 2))(0).shape == (0, 3, 2)
+
+
+@pytest.mark.xfail(strict=True, reason="cut to integers, so that samples are the same")
+def test_seeds_that_are_not_integers():
+    with pytest.raises((ValueError, TypeError)):
+        Noise([0.2, 0.9], (2,))
+
+
+@pytest.mark.xfail(strict=True, reason="the counter wraps: step 2^24 is step 0 again")
+def test_steps_far_away():
+    noise = Noise([0], (4,))
+    assert not torch.equal(noise(0), noise(2**24))
+
+
+# networks
+
+PLAIN = UNet(1, 16, (1, 2), 1, ())
+LABELLED = UNet(1, 16, (1, 2), 1, (), classes=10)
+times, labels = torch.full((4,), 500.0), torch.arange(4)
+
+
+@pytest.mark.parametrize("size", [(7, 8), (8, 7), (9, 9), (1, 1)])
+def test_pictures_that_cannot_be_halved(size):
+    with refused("height and width must be multiples of 2", f"got {size[0]}×{size[1]}"):
+        PLAIN(torch.zeros(4, 1, *size), times)
+    with refused("multiples of 8", "got 12×12"):
+        UNet(1, 16, (1, 2), 1, (), patch=4)(torch.zeros(4, 1, 12, 12), times)
+
+
+def test_labels():
+    with refused("y: expected a label for each picture"):
+        LABELLED(x, times)
+    with refused("y: this network was built without classes"):
+        PLAIN(x, times, labels)
+    LABELLED(x, times, torch.full((4,), 10))  # any
+    for y in (labels + 8, labels - 1):
+        with pytest.raises((ValueError, IndexError)):
+            LABELLED(x, times, y)
+    for y in (labels[:3], labels.float()):
+        with pytest.raises((ValueError, RuntimeError)):
+            LABELLED(x, times, y)
+
+
+def test_wrong_channels_and_times():
+    with pytest.raises((ValueError, RuntimeError), match="channels"):
+        PLAIN(torch.zeros(4, 3, 8, 8), times)
+    with pytest.raises((ValueError, RuntimeError), match="3"):
+        PLAIN(x, times[:3])
+
+
+# settings
+
+KNOWN = dict(steps=int, lr=float, sizes=ints)
+
+
+def set_by(monkeypatch, text):
+    monkeypatch.setenv("DIFFUSION_NB_SET", text)
+
+
+def test_settings_in_order(project, monkeypatch):
+    assert vars(settings("a", **KNOWN)) == dict(steps=5, lr=0.1, sizes=(1, 2))
+    monkeypatch.setenv("DIFFUSION_NB_PROFILE", "gpu")
+    assert vars(settings("a", **KNOWN)) == dict(steps=50, lr=0.1, sizes=(1, 2))
+    set_by(monkeypatch, " a.steps = 7 ;; a.sizes=3;b.other=x; ")
+    assert vars(settings("a", **KNOWN)) == dict(steps=7, lr=0.1, sizes=(3,))
+    monkeypatch.setenv("DIFFUSION_NB_PROFILE", "cpu")
+    assert settings("a", **KNOWN).steps == 7
+
+
+def test_settings_are_found_from_a_folder_below(project, monkeypatch):
+    (project / "nbs").mkdir()
+    monkeypatch.chdir(project / "nbs")
+    assert project_root() == project.resolve() and settings("a", **KNOWN).steps == 5
+
+
+def test_wrong_profile(project, monkeypatch):
+    for profile in ("tpu", "GPU", ""):
+        monkeypatch.setenv("DIFFUSION_NB_PROFILE", profile)
+        with refused("DIFFUSION_NB_PROFILE: expected cpu or gpu", repr(profile)):
+            settings("a", **KNOWN)
+
+
+def test_wrong_section(project):
+    with refused("no section [07_ddpm]", "it has a, a.gpu, b"):
+        settings("07_ddpm", steps=int)
+
+
+def test_wrong_keys(project, monkeypatch):
+    with refused("settings [a]", "'width' is missing", "the settings are"):
+        settings("a", **KNOWN, width=int)
+    with refused("settings [a]", "'lr' is not a setting", "the settings are steps, sizes"):
+        settings("a", steps=int, sizes=ints)
+    set_by(monkeypatch, "a.step=7")
+    with refused("'step' is not a setting", "steps"):
+        settings("a", **KNOWN)
+
+
+@pytest.mark.parametrize("item", ["a.steps=many", "a.steps=1.5", "a.steps=", "a.lr=fast", "a.sizes=1,,2", "a.sizes="])
+def test_wrong_types(project, monkeypatch, item):
+    set_by(monkeypatch, item)
+    name, value = item.split("=")
+    kind = {"steps": "int", "lr": "float", "sizes": "ints"}[name[2:]]
+    with refused("settings [a]", f"{name[2:]} = {value!r} is not a valid {kind}"):
+        settings("a", **KNOWN)
+
+
+@pytest.mark.parametrize("item", ["a.steps", "steps=7", "=7", "a=7", "c.steps=7", ".steps=7", "a.steps:7", "a.steps=7,b=1;x"])
+def test_malformed_override(project, monkeypatch, item):
+    set_by(monkeypatch, item)
+    with refused("DIFFUSION_NB_SET: expected 'section.key=value'", "got"):
+        settings("a", **KNOWN)
+
+
+@pytest.mark.xfail(strict=True, reason="taken, and then ignored")
+def test_override_of_a_profile_section(project, monkeypatch):
+    set_by(monkeypatch, "a.gpu.steps=7")
+    monkeypatch.setenv("DIFFUSION_NB_PROFILE", "gpu")
+    try:
+        assert settings("a", **KNOWN).steps == 7
+    except ValueError:
+        pass  # refusing is as good
+
+
+# data sets
+
+
+def idx(array: torch.Tensor) -> bytes:
+    "The .gz file of the MNIST kind that holds this array of bytes."
+    header = struct.pack(f">I{array.ndim}I", 0x0800 + array.ndim, *array.shape)
+    return gzip.compress(header + array.to(torch.uint8).numpy().tobytes(), mtime=0)
+
+
+NAMES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+
+
+class Web:
+    "What there is to download, and whether the network is up; it counts what is asked for."
+
+    def __init__(self):
+        self.x = (torch.arange(3 * 28 * 28) % 256).reshape(3, 28, 28)
+        self.x_test = (torch.arange(2 * 28 * 28) * 7 % 256).reshape(2, 28, 28)
+        self.y, self.y_test = T([3, 0, 9]), T([255, 1])  # 255: a label is a byte without sign
+        self.files = dict(zip(NAMES, map(idx, (self.x, self.y, self.x_test, self.y_test)), strict=True))
+        self.md5 = [(name, hashlib.md5(raw).hexdigest()) for name, raw in self.files.items()]
+        self.up, self.asked = True, set()
+
+    def open(self, request, *_, **__):
+        url = request.full_url
+        if not self.up:
+            raise URLError("Name or service not known")
+        self.asked.add(url.rpartition("/")[2])
+        return Response(url, self.files[url.rpartition("/")[2]])
+
+
+class Response:
+    def __init__(self, url, raw):
+        self.url, self.raw, self.length = url, raw, len(raw)
+
+    def read(self, n):
+        piece, self.raw = self.raw[:n], self.raw[n:]
+        return piece
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def web(project, monkeypatch):
+    from torchvision import datasets
+
+    web = Web()
+    monkeypatch.setattr(urllib.request, "urlopen", web.open)
+    for cls in (datasets.MNIST, datasets.FashionMNIST):
+        monkeypatch.setattr(cls, "resources", web.md5)
+    return web
+
+
+def state(name="mnist"):
+    return next(d for d in DATA_SETS if d.name == name).state()
+
+
+def is_what_the_web_holds(got, web):
+    for x, raw in ((got.x, web.x), (got.x_test, web.x_test)):
+        assert x.dtype == torch.float32 and x.shape == (len(raw), 1, 28, 28)
+        assert torch.equal(((x[:, 0] + 1) * 127.5).round().long(), raw)  # 0 … 255 stands for -1 … 1
+        assert x.min() == -1 and x.max() == 1
+        torch.testing.assert_close(x[:, 0].double(), raw / 127.5 - 1, rtol=0, atol=1e-6, check_dtype=False)
+    assert torch.equal(got.y, web.y) and torch.equal(got.y_test, web.y_test)
+
+
+@pytest.mark.parametrize("load, folder, name", [(mnist, "MNIST", "mnist"), (fashion_mnist, "FashionMNIST", "fashion-mnist")])
+def test_download_and_read(web, project, load, folder, name):
+    assert state(name) == "not here"
+    is_what_the_web_holds(load(), web)
+    assert state(name) == "verified" and web.asked == set(NAMES)
+    web.up = False
+    is_what_the_web_holds(load(), web)  # from the disk
+    assert (project / "data" / folder / "raw" / NAMES[0]).exists()
+
+
+def test_offline(web, project):
+    web.up = False
+    with pytest.raises(ConnectionError) as e:
+        mnist()
+    for part in (
+        "MNIST could not be downloaded",
+        "Name or service not known",
+        "Connect to the internet",
+        "digits",
+        *NAMES,
+    ):
+        assert part in str(e.value)
+    assert str(project / "data" / "MNIST" / "raw") in str(e.value)
+    assert state() == "not here"
+
+
+def test_files_put_in_place_by_hand(web, project):
+    web.up = False
+    raw = project / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in web.files.items():
+        (raw / name).write_bytes(content)
+    assert state() == "verified"
+    is_what_the_web_holds(mnist(), web)
+
+
+@pytest.mark.parametrize("victim", NAMES)
+def test_truncated_file_is_fetched_again(web, project, victim):
+    mnist()
+    path = project / "data" / "MNIST" / "raw" / victim
+    path.write_bytes(path.read_bytes()[:-9])
+    assert state() == "damaged"
+    web.up = False
+    with pytest.raises(ConnectionError) as e:
+        mnist()
+    assert victim in str(e.value) and sum(name in str(e.value) for name in NAMES) == 1  # only what is wanted
+    assert not path.exists() and not path.with_suffix("").exists()  # nor is what was unpacked from it left to be read
+    web.up, web.asked = True, set()
+    is_what_the_web_holds(mnist(), web)
+    assert web.asked == {victim} and state() == "verified"
+
+
+def test_one_file_missing(web, project):
+    mnist()
+    (project / "data" / "MNIST" / "raw" / NAMES[3]).unlink()
+    assert state() == "damaged"
+    is_what_the_web_holds(mnist(), web)
+
+
+def test_damaged_download(web):
+    web.files[NAMES[0]] = web.files[NAMES[0]][:-9]  # another file than its checksum says
+    with pytest.raises(ConnectionError, match=NAMES[0]):
+        mnist()
+    assert state() in ("damaged", "not here")
+
+
+def test_digits_need_no_network(web):
+    web.up = False
+    assert state("digits") == "built in"
+    got = data.digits()
+    assert got.x.shape == (1497, 1, 8, 8) and got.x_test.shape == (300, 1, 8, 8)
+    assert sorted(got.x.unique().tolist()) == [i / 8 - 1 for i in range(17)]
+    assert got.y.bincount().tolist() == [148, 152, 147, 152, 151, 152, 151, 149, 145, 150]
