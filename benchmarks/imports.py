@@ -18,13 +18,13 @@ def python(code):
 def main():
     everything = "; ".join(f"import diffusion_nb.{m}" for m in MODULES)
     times = seconds({
-        "import torch": python("import torch"),
-        "import torch, diffusion_nb": python("import torch, diffusion_nb"),
-        "import torch and every module": python(f"import torch; {everything}"),
+        "torch": python("import torch"),
+        "diffusion_nb": python("import torch, diffusion_nb"),
+        "every module of diffusion_nb": python(f"import torch; {everything}"),
     }, rounds=6)  # fmt: skip
-    rows = {name: round(s, 3) for name, s in times.items()}
-    base = times["import torch"]
-    report("imports", "s", rows | {f"added by {name[13:]}": round(s - base, 3) for name, s in times.items() if s != base})
+    base = times.pop("torch")
+    added = {f"added by {name}": round(s - base, 3) for name, s in times.items()}
+    report("imports", "s", {"import torch": round(base, 3)} | added)
 
 
 if __name__ == "__main__":

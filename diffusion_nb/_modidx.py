@@ -45,6 +45,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'diffusion_nb.core.project_root': ('core.html#project_root', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.settings': ('core.html#settings', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.splitmix64': ('core.html#splitmix64', 'diffusion_nb/core.py'),
+                                   'diffusion_nb.core.statistic': ('core.html#statistic', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.symbolic': ('core.html#symbolic', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.within': ('core.html#within', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.write_atomically': ('core.html#write_atomically', 'diffusion_nb/core.py')},

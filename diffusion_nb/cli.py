@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-# %% ../nbs/cli.ipynb #f171d082
+# %% ../nbs/cli.ipynb #f9f88332
 def chosen(names: list[str], folder: Path) -> list[Path]:
     "The numbered notebooks whose names begin with any of `names`, in order (all of them if there are none)."
     book = sorted(folder.glob("[0-9]*.ipynb"))
@@ -32,8 +32,10 @@ def execute(path: Path, out: Path) -> str | None:
 
     nb, problem = nbformat.read(path, as_version=4), None
     code = sum(c.cell_type == "code" and bool(c.source.strip()) for c in nb.cells)
-    with tqdm(total=code, desc=f"{path.stem:14}", unit="cell", bar_format="{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed}") as bar:
-        client = NotebookClient(nb, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+    with tqdm(
+        total=code, desc=f"{path.stem:14}", unit="cell", bar_format="{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed}"
+    ) as bar:
+        client = NotebookClient(nb, timeout=None, kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=40"], resources={"metadata": {"path": str(path.parent)}},
                                 on_cell_executed=lambda **_: bar.update())  # fmt: skip
         try:
             client.execute()
@@ -47,7 +49,12 @@ def execute(path: Path, out: Path) -> str | None:
 def title(path: Path) -> str:
     "The first heading of a notebook."
     cells = json.loads(path.read_text())["cells"]
-    return next(line.lstrip("# ").strip() for c in cells for line in "".join(c["source"]).splitlines() if line.startswith("# "))
+    return next(
+        line.lstrip("# ").strip()
+        for c in cells
+        for line in "".join(c["source"]).splitlines()
+        if line.startswith("# ")
+    )
 
 
 def index_page(rows: list[tuple[Path, float | None, str | None]]) -> str:
@@ -84,7 +91,10 @@ def run(args) -> int:
             break
     failed = [path.stem for path, _, problem in rows if problem]
     done = sum(s is not None for _, s, _ in rows)
-    print(f"{done - len(failed)} of {len(rows)} notebooks ran well" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    print(
+        f"{done - len(failed)} of {len(rows)} notebooks ran well"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
     print(f"open {out / 'index.html'}")
     return 1 if failed else 0
 
@@ -107,7 +117,9 @@ def train(args) -> int:
         print(f"going on from step {resumed} of {out / 'checkpoint.safetensors'}")
     weights = trainer.fit().net.state_dict()
     seconds = time.perf_counter() - start
-    write_atomically(out / "model.safetensors", lambda p: save_file({k: v.cpu().contiguous() for k, v in weights.items()}, p))
+    write_atomically(
+        out / "model.safetensors", lambda p: save_file({k: v.cpu().contiguous() for k, v in weights.items()}, p)
+    )
     about = dict(recipe=r, shape=data.shape, levels=data.levels, steps_here=trainer.step - resumed, seconds_here=round(seconds, 1),
                  device=device_name(device), torch=torch.__version__, bf16=args.bf16, compile=args.compile, losses=trainer.losses)  # fmt: skip
     write_json(out / "run.json", about)
@@ -146,7 +158,9 @@ def load_model(folder: str):
     path = Path(folder)
     for name in ("run.json", "model.safetensors"):
         if not (path / name).exists():
-            raise ValueError(f"{path} holds no {name}: expected a folder written by `diffusion-nb train`, or the word digits")
+            raise ValueError(
+                f"{path} holds no {name}: expected a folder written by `diffusion-nb train`, or the word digits"
+            )
     about = json.loads((path / "run.json").read_text())
     denoiser = recipe_denoiser(about["recipe"], about["shape"])
     try:
@@ -177,7 +191,11 @@ def sample(args) -> int:
         )
     if args.n < 1 or args.batch < 1 or args.steps < 1:
         raise ValueError("--n, --batch and --steps: expected numbers of at least 1")
-    model, var, start = Clip(model).to(device), {"small": small, "large": large}[args.variance], time.perf_counter()
+    model, var, start = (
+        Clip(model).to(device),
+        {"small": small, "large": large}[args.variance],
+        time.perf_counter(),
+    )
     labels = torch.arange(args.n) % r["classes"] if r["classes"] else torch.zeros(args.n, dtype=torch.long)
     labels = labels if args.label is None else torch.full((args.n,), args.label)
     seeds, parts = torch.arange(args.n) + args.seed, []
@@ -256,7 +274,11 @@ def parser() -> argparse.ArgumentParser:
 
     c = command(run, "execute the notebooks in order, each in a fresh kernel, and write the book as web pages",
                 keep_going=("after a failure, go on with the next notebook", bool), out=("folder to write (default: _book)", str))  # fmt: skip
-    c.add_argument("notebooks", nargs="*", help="the first letters of their names, such as 03 or 07_ddpm; all if none is given")
+    c.add_argument(
+        "notebooks",
+        nargs="*",
+        help="the first letters of their names, such as 03 or 07_ddpm; all if none is given",
+    )
     c.add_argument("--profile", choices=["cpu", "gpu"], help="the size of the experiments, see settings.ini")
     command(train, "train a model of a data set; goes on where an earlier run of the same command stopped",
             data=("data set, see `diffusion-nb data`", "digits"), out=("folder to write (default: runs/DATA)", str),
@@ -270,9 +292,14 @@ def parser() -> argparse.ArgumentParser:
                 steps=("network calls a picture", 100), seed=("picture i has seed SEED + i", 0),
                 label=("draw this class only (default: all in turn)", int), batch=("at a time; does not change the pictures", 256),
                 out=("folder to write", "runs/samples"), device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
-    c.add_argument("--sampler", choices=["ddpm"], default="ddpm", help="how to walk from noise to pictures (default: ddpm)")
     c.add_argument(
-        "--variance", choices=["small", "large"], default="small", help="of an ancestral step: DDPM's β̃ or β (default: small)"
+        "--sampler", choices=["ddpm"], default="ddpm", help="how to walk from noise to pictures (default: ddpm)"
+    )
+    c.add_argument(
+        "--variance",
+        choices=["small", "large"],
+        default="small",
+        help="of an ancestral step: DDPM's β̃ or β (default: small)",
     )
     c = command(data, "list the data sets with size, state and licence; with names, fetch and verify them")
     c.add_argument("names", nargs="*", metavar="NAME", help="digits, mnist, fashion-mnist or cifar10")

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['GAMMA', 'MIX1', 'MIX2', 'splitmix64', 'Noise', 'default_device', 'like', 'check_time', 'check_labels', 'check_finite',
            'project_root', 'write_atomically', 'ints', 'settings', 'Evidence', 'ClaimError', 'symbolic', 'oracle',
-           'within', 'limit', 'monte_carlo', 'experiment', 'claim', 'fingerprint', 'artifact']
+           'within', 'statistic', 'limit', 'monte_carlo', 'experiment', 'claim', 'fingerprint', 'artifact']
 
 # %% ../nbs/00_core.ipynb #9e655aa3
 import ast
@@ -38,7 +38,7 @@ def splitmix64(z: Tensor) -> Tensor:
         z *= factor
     return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
 
-# %% ../nbs/00_core.ipynb #8d37ed5a
+# %% ../nbs/00_core.ipynb #6938195a
 class Noise:
     """Standard normal noise as a function of (seed, step): `noise(k)` has shape (len(seeds), *shape).
 
@@ -55,7 +55,7 @@ class Noise:
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device=None, dtype=torch.float32):
         self.seeds = torch.as_tensor(seeds, device=device)
-        if self.seeds.ndim != 1 or self.seeds.is_floating_point():
+        if self.seeds.ndim != 1 or (len(self.seeds) and self.seeds.is_floating_point()):
             raise ValueError(f"seeds: expected one integer a sample, e.g. range(64); got {seeds!r}")
         self.shape, self.dtype, self.size = tuple(shape), dtype, math.prod(shape)
         self.base = splitmix64(self.seeds.long() + GAMMA)[:, None]
@@ -64,7 +64,9 @@ class Noise:
     def bits(self, step: int) -> Tensor:
         "Uniform 64-bit integers, (B, ⌈size/2⌉), for a step from 0 to 2²⁴ - 1."
         if not 0 <= step < 2**24:
-            raise ValueError(f"step: expected an integer from 0 to {2**24 - 1}, after which the numbers would repeat; got {step}")
+            raise ValueError(
+                f"step: expected an integer from 0 to {2**24 - 1}, after which the numbers would repeat; got {step}"
+            )
         jump = (step * 2**40 * GAMMA + 2**63) % 2**64 - 2**63
         return splitmix64(self.counter + (self.base + jump))
 
@@ -91,7 +93,9 @@ def check_time(t: Tensor) -> None:
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
         low, high = (float(v) for v in (t.aminmax() if t.ndim else (t, t)))
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"t: expected times in [0, 1] with the data at 0; got values from {low:g} to {high:g}")
+            raise ValueError(
+                f"t: expected times in [0, 1] with the data at 0; got values from {low:g} to {high:g}"
+            )
 
 
 def check_labels(y: Tensor, classes: int) -> None:
@@ -99,7 +103,9 @@ def check_labels(y: Tensor, classes: int) -> None:
     if y.is_floating_point():
         raise ValueError(f"y: expected integer labels; got {y.dtype}")
     if y.device.type == "cpu" and not torch.compiler.is_compiling() and ((y < 0) | (y > classes)).any():
-        raise ValueError(f"y: expected labels from 0 to {classes - 1}, or {classes} for any; got {y.min()} to {y.max()}")
+        raise ValueError(
+            f"y: expected labels from 0 to {classes - 1}, or {classes} for any; got {y.min()} to {y.max()}"
+        )
 
 
 def check_finite(x: Tensor, name: str) -> None:
@@ -180,7 +186,7 @@ def _parse(section: str, key: str, text: str, kind: Callable):
     except ValueError:
         raise ValueError(f"settings [{section}]: {key} = {text!r} is not a valid {kind.__name__}") from None
 
-# %% ../nbs/00_core.ipynb #d20957a7
+# %% ../nbs/00_core.ipynb #42714bfd
 class Evidence(NamedTuple):
     "What a check found: its kind, whether it holds, and the numbers behind that."
 
@@ -217,6 +223,11 @@ def within(got: float, low: float = -math.inf, high: float = math.inf) -> Eviden
     return Evidence("oracle", bool(low <= got <= high), f"got {got:.6g}, claimed in [{low:.6g}, {high:.6g}]")
 
 
+def statistic(got: float, low: float = -math.inf, high: float = math.inf) -> Evidence:
+    "A statistic of random samples lies in [low, high], a range that a correct program leaves almost never."
+    return within(got, low, high)._replace(kind="Monte Carlo")
+
+
 def limit(got, want, tol: float = 1e-9) -> Evidence:
     "Two implementations that must coincide, do, in the sense of `oracle`."
     return oracle(got, want, tol)._replace(kind="limit")
@@ -235,7 +246,9 @@ def monte_carlo(samples: Float[Tensor, "n *d"], want, k: float = 5) -> Evidence:
         )
     error = (samples.mean(0) - want).abs()
     z = (error / (samples.std(0) / n**0.5).clamp_min(1e-300)).amax().item()
-    return Evidence("Monte Carlo", z <= k, f"{z:.2f} standard errors from the claimed mean, n = {n}, allowed {k:g}")
+    return Evidence(
+        "Monte Carlo", z <= k, f"{z:.2f} standard errors from the claimed mean, n = {n}, allowed {k:g}"
+    )
 
 
 def experiment(got: float, low: float = -math.inf, high: float = math.inf) -> Evidence:
@@ -244,7 +257,7 @@ def experiment(got: float, low: float = -math.inf, high: float = math.inf) -> Ev
 
 
 def claim(id: str, *evidence: Evidence, says: str) -> None:
-    """State catalogue row `id`: prints one line if all the evidence holds, raises ClaimError otherwise.
+    """State row `id` of claims.toml: prints one line if all the evidence holds, raises ClaimError otherwise.
 
     The line holds no number that could differ between machines, so a stored output can be compared with a fresh one.
     """
@@ -302,7 +315,12 @@ def fingerprint(*objects) -> str:
         ):
             continue
         seen.add(obj)
-        mentioned = [(str(name), leaf) for f in _parts(obj) for name, value in _mentioned(f).items() for leaf in _leaves(value)]
+        mentioned = [
+            (str(name), leaf)
+            for f in _parts(obj)
+            for name, value in _mentioned(f).items()
+            for leaf in _leaves(value)
+        ]
         constants = sorted({f"{name}={v!r}" for name, v in mentioned if isinstance(v, int | float | str)})
         found.append([obj.__qualname__, *(ast.dump(_tree(f)) for f in _parts(obj)), *constants])
         todo += [v for v in (*(v for _, v in mentioned), *getattr(obj, "__bases__", ())) if callable(v)]

@@ -175,9 +175,13 @@ class DataSet:
 
 
 DATA_SETS = (
-    DataSet("digits", digits, (1, 8, 8), (1497, 300), 17, "CC BY 4.0", "UCI optical recognition of handwritten digits"),
+    DataSet(
+        "digits", digits, (1, 8, 8), (1497, 300), 17, "CC BY 4.0", "UCI optical recognition of handwritten digits"
+    ),
     DataSet("mnist", mnist, (1, 28, 28), (60000, 10000), 256, "CC BY-SA 3.0", "LeCun, Cortes and Burges", "MNIST"),
-    DataSet("fashion-mnist", fashion_mnist, (1, 28, 28), (60000, 10000), 256, "MIT", "Zalando Research", "FashionMNIST"),
+    DataSet(
+        "fashion-mnist", fashion_mnist, (1, 28, 28), (60000, 10000), 256, "MIT", "Zalando Research", "FashionMNIST"
+    ),
     DataSet("cifar10", cifar10, (3, 32, 32), (50000, 10000), 256, "none stated", "Krizhevsky, 2009", "CIFAR10"),
 )
 
@@ -208,7 +212,9 @@ class GaussianMixture:
     """
 
     def __init__(self, weights: Float[Tensor, " k"], means: Float[Tensor, "k d"], covs: Float[Tensor, "k d d"]):
-        self.weights, self.means, self.covs = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, covs))
+        self.weights, self.means, self.covs = (
+            torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, covs)
+        )
         k, d = self.means.shape
         if self.weights.shape != (k,) or self.covs.shape != (k, d, d):
             raise ValueError(f"expected weights ({k},) and covs ({k}, {d}, {d}) for means ({k}, {d}); "
@@ -249,9 +255,9 @@ def random_mixture(k: int = 3, d: int = 2, seed: int = 0) -> GaussianMixture:
     roots = roots.reshape(k, d, d) / 2
     return GaussianMixture(weights[:, 0].softmax(0), means, roots @ roots.mT + 0.05 * torch.eye(d))
 
-# %% ../nbs/01_data.ipynb #566f818b
+# %% ../nbs/01_data.ipynb #dd861888
 class Judge(nn.Module):
-    "A classifier of 8×8 digits: `judge(x)` gives logits (n, 10), `judge.features(x)` what they are read from, (n, 4·width)."
+    "A classifier of 8×8 digits: `judge(x)` gives logits (n, 10), `judge.features(x)` what they are read from, (n, 2·width)."
 
     def __init__(self, width: int = 32):
         super().__init__()

@@ -162,7 +162,9 @@ class GMMDenoiser(Denoiser):
         means = m.means + torch.einsum("kij,nkj->nki", m.axes, alpha * m.variances / var * z)
         return log_joint, means, m.variances * sigma**2 / var
 
-    def forward(self, x_t: Float[Tensor, "b *d"], t: Float[Tensor, "*b"], y: Int[Tensor, " b"] | None = None) -> Pred:
+    def forward(
+        self, x_t: Float[Tensor, "b *d"], t: Float[Tensor, "*b"], y: Int[Tensor, " b"] | None = None
+    ) -> Pred:
         log_joint, means, _ = self._parts(x_t, t, y)
         x0 = torch.einsum("nk,nki->ni", log_joint.softmax(1), means)
         alpha, sigma = (like(c, x_t) for c in self.schedule(t))

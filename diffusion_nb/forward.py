@@ -172,7 +172,9 @@ def check_batch(x: Tensor, t: Tensor, **others: Tensor) -> None:
         raise ValueError(f"expected pictures as floating-point numbers, [-1, 1] for black to white; got {x.dtype}")
     for name, other in others.items():
         if other.shape != x.shape:
-            raise ValueError(f"{name}: expected the shape of the pictures, {tuple(x.shape)}; got {tuple(other.shape)}")
+            raise ValueError(
+                f"{name}: expected the shape of the pictures, {tuple(x.shape)}; got {tuple(other.shape)}"
+            )
     times = torch.as_tensor(t).shape
     if times and times != x.shape[:1]:
         raise ValueError(f"t: expected one time, or one for each of {len(x)} pictures; got shape {tuple(times)}")

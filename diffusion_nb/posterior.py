@@ -33,11 +33,15 @@ def posterior_steps(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor,
     "The coefficients of q(x_s | x_t, x0) for any s < t in float64; a whole grid of times at once if need be. (VDM-4)"
     s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (s, t))
     if not (s < t).all():
-        raise ValueError(f"expected s < t in each step, time running from noise at 1 to data at 0; got s = {s}, t = {t}")
+        raise ValueError(
+            f"expected s < t in each step, time running from noise at 1 to data at 0; got s = {s}, t = {t}"
+        )
     (alpha_s, sigma_s), (alpha_t, sigma_t) = schedule(s), schedule(t)
     shrink = (alpha_t / alpha_s) * (sigma_s / sigma_t)  # exp((λ_t - λ_s) / 2)
     fresh = -(2 * shrink.log()).expm1()  # 1 - exp(λ_t - λ_s)
-    return Step(s, t, a=shrink * sigma_s / sigma_t, b=alpha_s * fresh, small=fresh * sigma_s**2, large=fresh * sigma_t**2)
+    return Step(
+        s, t, a=shrink * sigma_s / sigma_t, b=alpha_s * fresh, small=fresh * sigma_s**2, large=fresh * sigma_t**2
+    )
 
 
 def q_posterior(schedule: Schedule, x_t: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"], s: Tensor, t: Tensor):

@@ -24,8 +24,25 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import Noise, artifact, check_finite, default_device, ints, settings, write_atomically
-from .data import DATA_SETS, Pictures, digit_judge, digits, frechet_distance, nearest_distance, recognised
-from .denoiser import Clip, Denoiser, NetDenoiser, denoising_loss, predict_eps, predict_v, snr, snr_plus_one
+from diffusion_nb.data import (
+    DATA_SETS,
+    Pictures,
+    digit_judge,
+    digits,
+    frechet_distance,
+    nearest_distance,
+    recognised,
+)
+from diffusion_nb.denoiser import (
+    Clip,
+    Denoiser,
+    NetDenoiser,
+    denoising_loss,
+    predict_eps,
+    predict_v,
+    snr,
+    snr_plus_one,
+)
 from .forward import CosineSchedule, DDPMSchedule, linear_betas
 from .nets.unet import UNet
 from .samplers.ddpm import ddpm, time_grid
@@ -166,7 +183,9 @@ class Trainer:
         value = torch.stack(recent).mean().item()
         recent.clear()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} before step {self.step}: lower the learning rate, or look at the data")
+            raise FloatingPointError(
+                f"the loss is {value} before step {self.step}: lower the learning rate, or look at the data"
+            )
         self.losses.append((self.step, value))
         bar.set_postfix(loss=f"{value:.4f}")
 
@@ -199,7 +218,9 @@ class Trainer:
         if saved != now or found != expected:
             differ = [f"{k} {saved.get(k)} → {now[k]}" for k in now if saved.get(k) != now[k]]
             differ += sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))[:5]
-            raise ValueError(f"{self.checkpoint} is of another run ({', '.join(differ)}); name another file, or delete it")
+            raise ValueError(
+                f"{self.checkpoint} is of another run ({', '.join(differ)}); name another file, or delete it"
+            )
         self.step, self.losses = int(about["step"]), [tuple(row) for row in json.loads(about["losses"])]
         with torch.no_grad():
             for name, p, average in zip(self.names, self.params, self.averages, strict=True):
@@ -208,7 +229,9 @@ class Trainer:
                 if self.step:
                     at = torch.tensor(float(self.step), device=self.device if self.device.type == "cuda" else None)
                     self.optimizer.state[p] = dict(
-                        step=at, exp_avg=tensors[f"exp_avg.{name}"].clone(), exp_avg_sq=tensors[f"exp_avg_sq.{name}"].clone()
+                        step=at,
+                        exp_avg=tensors[f"exp_avg.{name}"].clone(),
+                        exp_avg_sq=tensors[f"exp_avg_sq.{name}"].clone(),
                     )
 
 
@@ -218,7 +241,10 @@ def flip_half(x: Float[Tensor, "b c h w"], u: Float[Tensor, " b"]) -> Float[Tens
 
 # %% ../nbs/07_ddpm.ipynb #685834e4
 SCHEDULES = {"cosine": CosineSchedule, "linear": lambda: DDPMSchedule(linear_betas())}
-TARGETS = {"eps": (predict_eps, snr), "v": (predict_v, snr_plus_one)}  # what to predict, and the weight that makes it plain
+TARGETS = {
+    "eps": (predict_eps, snr),
+    "v": (predict_v, snr_plus_one),
+}  # what to predict, and the weight that makes it plain
 
 
 def unet_denoiser(shape: Sequence[int], width: int, mults: Sequence[int], blocks: int, attention: Sequence[int], classes: int = 0,
@@ -256,15 +282,16 @@ def recipe_denoiser(r: dict, shape: Sequence[int]) -> NetDenoiser:
 def recipe_trainer(r: dict, pictures: Pictures, **options) -> Trainer:
     "The trainer that a recipe describes. options: device, bf16, compile, checkpoint, every."
     denoiser = recipe_denoiser(r, pictures.x.shape[1:])
-    lr = {"cosine": warmup_cosine(r["lr"], r["warmup"], r["steps"]), "constant": warmup_constant(r["lr"], r["warmup"])}[
-        r["decay"]
-    ]
+    lr = {
+        "cosine": warmup_cosine(r["lr"], r["warmup"], r["steps"]),
+        "constant": warmup_constant(r["lr"], r["warmup"]),
+    }[r["decay"]]
     loss = partial(denoising_loss, weight=TARGETS[r["target"]][1])
     return Trainer(denoiser, pictures.x, loss=loss, steps=r["steps"], lr=lr, batch=r["batch"], ema=r["ema"],
                    betas=(0.9, r["beta2"]), seed=r["seed"], augment=flip_half if r["flip"] else None,
                    **(dict(cond={"y": pictures.y}, null=r["classes"]) if r["classes"] else {}), **options)  # fmt: skip
 
-# %% ../nbs/07_ddpm.ipynb #1eeeab64
+# %% ../nbs/07_ddpm.ipynb #3c2a4410
 @torch.no_grad()
 def judge_digits(
     denoiser: Denoiser, n: int = 900, steps: int = 250, seed: int = 1, var: Callable | None = None
@@ -287,8 +314,14 @@ def judge_digits(
         "nearest, relative to real": nearest_distance(x, data.x) / nearest_distance(data.x_test, data.x),
     }
 
+
+#
+# (The judge knows digits only; with another data set these cells are empty.)
+
 # %% ../nbs/07_ddpm.ipynb #a749e1dc
-def animate(frames: Sequence[Float[Tensor, "n c h w"]], columns: int = 0, scale: int = 6, milliseconds: int = 80) -> bytes:
+def animate(
+    frames: Sequence[Float[Tensor, "n c h w"]], columns: int = 0, scale: int = 6, milliseconds: int = 80
+) -> bytes:
     "An animated GIF, one grid of pictures a frame; show it with IPython.display.Image(data=…)."
     import io
 
@@ -300,7 +333,7 @@ def animate(frames: Sequence[Float[Tensor, "n c h w"]], columns: int = 0, scale:
     images[0].save(out, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
     return out.getvalue()
 
-# %% ../nbs/07_ddpm.ipynb #38c0bad6
+# %% ../nbs/07_ddpm.ipynb #edfe26e6
 def train_digits(**r) -> tuple[dict[str, Tensor], dict[str, float]]:
     "The weights of a digit model made by this recipe, on the CPU, and the judge's verdict."
     denoiser = recipe_trainer(r, digits(), device="cpu").fit()
@@ -308,7 +341,7 @@ def train_digits(**r) -> tuple[dict[str, Tensor], dict[str, float]]:
 
 
 def digit_denoiser() -> NetDenoiser:
-    "The trained model of 8×8 digits, y = 0…9 or 10 for any (artifact `digit_denoiser`, made by [recipe.digits])."
+    "The trained model of 8×8 digits, y = 0…9 or 10 for any (artifact made by [recipe.digits])."
     r = recipe("digits")
     weights, _ = artifact("digit_denoiser", train_digits, r)
     denoiser = recipe_denoiser(r, (1, 8, 8))

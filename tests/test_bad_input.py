@@ -80,14 +80,15 @@ def test_posterior_wants_s_below_t(s, t):
         q_posterior(CHAIN, x[:2], x[:2], T(s), T(t))
 
 
-def test_transition_wants_s_up_to_t():
-    with refused("expected s ≤ t everywhere"):
+def test_transition_wants_s_below_t():
+    with refused("expected s < t everywhere"):
         transition(CHAIN, T(0.6), T(0.5))
-    with refused("expected s ≤ t everywhere"):
+    with refused("expected s < t everywhere"):
         q_step(CHAIN, x, T([0.1, 0.1, 0.1, 0.6]), T(0.5).expand(4), x)
-    a, v = transition(CHAIN, T(0.5), T(0.5))
-    assert a == 1 and v == 0
-    for s, t in ((nan, 0.5), (0.5, nan), (-0.1, 0.5), (0.5, 1.1)):
+    for s, t in ((0.5, 0.5), (nan, 0.5), (0.5, nan)):
+        with refused("expected s < t everywhere"):
+            transition(CHAIN, T(s), T(t))
+    for s, t in ((-0.1, 0.5), (0.5, 1.1)):
         with refused("expected times in [0, 1]"):
             transition(CHAIN, T(s), T(t))
 
@@ -108,13 +109,12 @@ def test_shapes_of_noising(call):
 
 
 def test_shapes_of_the_posterior():
-    with refused("x0: expected the shape of x_t, (4, 1, 8, 8); got (1, 1, 8, 8)"):
+    with refused("x0: expected the shape of the pictures, (4, 1, 8, 8); got (1, 1, 8, 8)"):
         q_posterior(CHAIN, x, x[:1], T(0.1), T(0.5))
     with pytest.raises((ValueError, RuntimeError), match="3"):
         q_posterior(CHAIN, x, x, torch.zeros(3), torch.ones(3))
 
 
-@pytest.mark.xfail(strict=True, reason="q_posterior does not look at the shape of t: the result has five axes")
 def test_posterior_times_of_a_wrong_shape():
     with refused("t: expected one time"):
         q_posterior(CHAIN, x, x, torch.zeros(4, 1), torch.ones(4, 1))
@@ -129,7 +129,6 @@ def test_betas_outside_0_1(betas):
         DDPMSchedule(T(betas))
 
 
-@pytest.mark.xfail(strict=True, reason="casting a model casts the chain's table; a vector of times then fails")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_casting_a_model_leaves_its_schedule_exact(dtype):
     t = torch.linspace(0, 1, 5, dtype=torch.float64)
@@ -138,7 +137,6 @@ def test_casting_a_model_leaves_its_schedule_exact(dtype):
         assert torch.equal(got, want)
 
 
-@pytest.mark.xfail(strict=True, reason="a chain of no steps is taken: log SNR is infinite at every t")
 def test_no_betas():
     with refused("betas"):
         DDPMSchedule(T([]))
@@ -217,20 +215,22 @@ def test_shapes_of_a_mixture(weights, means, covs):
         GaussianMixture(weights, means, covs)
 
 
-@pytest.mark.parametrize("cov", [[[1, 1], [0, 1]], [[1, 0], [0, -1]], [[1, 2], [2, 1]], [[nan, 0], [0, 1]], [[inf, 0], [0, 1]]])
+@pytest.mark.parametrize("cov", [[[1, 1], [0, 1]], [[1, 0], [0, -1]], [[1, 2], [2, 1]]])
 def test_covariances_of_a_mixture(cov):
     with refused("covs: expected symmetric matrices without negative eigenvalues"):
         GaussianMixture([0.5, 0.5], ZERO, torch.stack([torch.eye(2), T(cov).float()]))
 
 
-@pytest.mark.xfail(strict=True, reason="NaN weights and means pass, and every density is NaN")
-@pytest.mark.parametrize("weights, means", [([nan, 1.0], 0.0), ([0.5, 0.5], nan), ([0.5, 0.5], inf)])
-def test_not_numbers_in_a_mixture(weights, means):
-    with refused("expected"):
-        GaussianMixture(weights, ZERO + means, EYE)
+@pytest.mark.parametrize("bad", [nan, inf])
+def test_not_numbers_in_a_mixture(bad):
+    with refused("weights: expected positive numbers"):
+        GaussianMixture([bad, 1.0], ZERO, EYE)
+    with refused("means: 4 of its 4 values are NaN or infinite"):
+        GaussianMixture([0.5, 0.5], ZERO + bad, EYE)
+    with refused("covs:", "NaN or infinite"):
+        GaussianMixture([0.5, 0.5], ZERO, EYE * bad)
 
 
-@pytest.mark.xfail(strict=True, reason="the guess is NaN, silently")
 @pytest.mark.parametrize("label", [4, -1])
 def test_labels_of_the_oracle(label):
     oracle = GMMDenoiser(random_mixture(k=3), CHAIN)
@@ -259,16 +259,15 @@ def test_seeds():
     assert Noise([], (3, 2))(0).shape == (0, 3, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="cut to integers, so that samples are the same")
 def test_seeds_that_are_not_integers():
     with pytest.raises((ValueError, TypeError)):
         Noise([0.2, 0.9], (2,))
 
 
-@pytest.mark.xfail(strict=True, reason="the counter wraps: step 2^24 is step 0 again")
-def test_steps_far_away():
-    noise = Noise([0], (4,))
-    assert not torch.equal(noise(0), noise(2**24))
+@pytest.mark.parametrize("step", [-1, 2**24])
+def test_steps_at_which_the_noise_would_repeat(step):
+    with refused("step: expected an integer from 0 to 16777215"):
+        Noise([0], (4,))(step)
 
 
 # networks
@@ -370,7 +369,6 @@ def test_malformed_override(project, monkeypatch, item):
         settings("a", **KNOWN)
 
 
-@pytest.mark.xfail(strict=True, reason="taken, and then ignored")
 def test_override_of_a_profile_section(project, monkeypatch):
     set_by(monkeypatch, "a.gpu.steps=7")
     monkeypatch.setenv("DIFFUSION_NB_PROFILE", "gpu")

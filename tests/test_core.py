@@ -156,10 +156,7 @@ def test_damaged_file_is_made_again(maker, project, capsys, harm):
     assert path.read_bytes() == raw
 
 
-a_list = pytest.param("[]", marks=pytest.mark.xfail(strict=True, reason="AttributeError: a card that is not an object"))
-
-
-@pytest.mark.parametrize("card", ["", "{", "{}", '{"recipe": {"size": 3}}', "gone", a_list])
+@pytest.mark.parametrize("card", ["", "{", "{}", '{"recipe": {"size": 3}}', "gone", "[]"])
 def test_damaged_card_is_made_again(maker, project, card):
     artifact("a", maker.make, {"size": 3})
     path = project / "data/artifacts/a.json"
@@ -244,7 +241,6 @@ def test_two_processes_at_once_make_it_once(project):
     assert files(project) == ["a.json", "a.safetensors"]
 
 
-@pytest.mark.xfail(strict=True, reason="noticed only when the card is written, after the training")
 @pytest.mark.parametrize("bad", [Path("a"), torch.float32, {1, 2}])
 def test_recipe_that_no_card_can_hold_is_refused_before_the_training(maker, bad):
     with pytest.raises((TypeError, ValueError)):
@@ -355,7 +351,6 @@ def test_fingerprint_of_a_decorated_function_itself(tmp_path):
     assert of(CODE, tmp_path, "decorated") != of(changed(old, old + " * 2"), tmp_path, "decorated")
 
 
-@pytest.mark.xfail(strict=True, reason="what a decorated function calls is looked up in the decorator's module")
 def test_fingerprint_sees_through_a_decorator(tmp_path):
     assert of(CODE, tmp_path, "decorated") != of(changed("x + 1", "x + 2"), tmp_path, "decorated")
 
@@ -374,7 +369,7 @@ def test_oracle(check):
     assert not check([1.0, 2.0, 3.1], [1.0, 2.0, 3.0]).holds  # one entry is enough
     for got, want in [(nan, 1.0), (1.0, nan), (nan, nan), (inf, 1.0), (1.0, inf), (inf, inf), ([1.0, nan], [1.0, 1.0])]:
         assert not check(got, want).holds, (got, want)
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(ValueError, match="same shape"):
         check(torch.zeros(3), torch.zeros(4))
     assert check(0.0, 0.0).kind == {core.oracle: "oracle", core.limit: "limit"}[check]
 
@@ -399,7 +394,7 @@ def test_monte_carlo():
     assert not core.monte_carlo(x, nan).holds
     with pytest.raises(ValueError, match="at least 100 samples"):
         core.monte_carlo(x[:99], 0.0)
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(ValueError, match="shape of a sample"):
         core.monte_carlo(x, torch.zeros(3))
 
 

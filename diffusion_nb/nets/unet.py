@@ -62,7 +62,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         pixels = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = rearrange(self.qkv(pixels), "b n (three heads c) -> three b heads n c", three=3, heads=self.heads)
+        q, k, v = rearrange(
+            self.qkv(pixels), "b n (three heads c) -> three b heads n c", three=3, heads=self.heads
+        )
         mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b n (heads c)")
         return x + rearrange(self.out(mixed), "b (h w) c -> b c h w", h=x.shape[2])
 
@@ -110,7 +112,9 @@ class UNet(nn.Module):
             raise ValueError(f"expected a width that is a multiple of 4, and attention at levels 0 to {len(mults) - 1}; "
                              f"got width {width}, attention {tuple(attention)}")  # fmt: skip
         self.width, self.patch, self.multiple = width, patch, patch * 2 ** (len(mults) - 1)
-        self.embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width), nn.SiLU())
+        self.embed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width), nn.SiLU()
+        )
         self.label = nn.Embedding(classes + 1, width) if classes else None
 
         def level(i, c_in):
@@ -138,7 +142,9 @@ class UNet(nn.Module):
                 c = width * mults[i]
             if i > 0:
                 self.up.append(Up(c))
-        self.head = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, (channels_out or channels) * patch**2, 3, padding=1)))
+        self.head = nn.Sequential(
+            norm(c), nn.SiLU(), zero(nn.Conv2d(c, (channels_out or channels) * patch**2, 3, padding=1))
+        )
 
     def forward(self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], y: Int[Tensor, " b"] | None = None):
         "The output for pictures x at network times t (0 to 1000), labels y if the network has classes."

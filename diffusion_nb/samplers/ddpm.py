@@ -15,7 +15,7 @@ from ..core import Noise, check_finite, check_time
 from ..denoiser import Denoiser, Pred
 from ..posterior import Step, posterior_steps
 
-# %% ../../nbs/07_ancestral.ipynb #a121c4e3
+# %% ../../nbs/07_ancestral.ipynb #aa0e32a9
 def time_grid(n: int, start: float = 1.0, end: float = 0.0) -> Float[Tensor, " n+1"]:
     "n equal steps from time `start` down to `end`, in float64."
     return torch.linspace(start, end, n + 1, dtype=torch.float64)
@@ -27,7 +27,7 @@ def small(pred: Pred, step: Step):
 
 
 def large(pred: Pred, step: Step):
-    "The variance of q(x_t | x_s), DDPM's β: right for data that are standard normal."
+    "The variance of q(x_t | x_s), DDPM's β: right, under a variance-preserving schedule, for standard normal data."
     return step.large
 
 
