@@ -8,7 +8,11 @@ from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell
 
 # One thread, so that sums are added in one order, and two workers fit two cores. Kernels inherit all of these.
-os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+}
 # The stored outputs are those of settings.ini as it stands.
 for name in ("DIFFUSION_NB_PROFILE", "DIFFUSION_NB_SET"):
     os.environ.pop(name, None)

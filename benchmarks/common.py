@@ -30,7 +30,9 @@ def machine():
         name = torch.cuda.get_device_name()
     else:
         info = Path("/proc/cpuinfo")
-        models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         name = f"{models[0]}, {len(models)} cores"
     packages = {}
     for p in ("torch", "diffusers", "azula", "smalldiffusion"):

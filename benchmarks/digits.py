@@ -20,7 +20,9 @@ def main():
     judge, data, rows = digit_judge(), digits(), {}
     rows["judge on held-out digits, share right"] = recognised(judge, data.x_test, data.y_test)
     features, g = judge.features(data.x), torch.Generator().manual_seed(0)
-    subsets = [frechet_distance(features[torch.randperm(len(features), generator=g)[:300]], features) for _ in range(20)]
+    subsets = [
+        frechet_distance(features[torch.randperm(len(features), generator=g)[:300]], features) for _ in range(20)
+    ]
     rows["Fréchet, 300 of the training digits against all (20 draws): mean"] = sum(subsets) / 20
     rows["Fréchet, the same: lowest"], rows["Fréchet, the same: highest"] = min(subsets), max(subsets)
     for seed in range(args.parse_args().seeds):

@@ -44,7 +44,12 @@ def bare(net, noise):
     step = posterior_steps(schedule, ts[1:], ts[:-1])
     alpha, sigma = schedule(ts[:-1])
     rows = zip(
-        (1 / alpha).tolist(), (sigma / alpha).tolist(), step.a.tolist(), step.b.tolist(), step.small.sqrt().tolist(), strict=True
+        (1 / alpha).tolist(),
+        (sigma / alpha).tolist(),
+        step.a.tolist(),
+        step.b.tolist(),
+        step.small.sqrt().tolist(),
+        strict=True,
     )
     x = x_T
     for i, (c1, c2, a, b, std) in enumerate(rows):
@@ -81,7 +86,9 @@ def with_smalldiffusion():
 
     model = SimpleNamespace(predict_eps=lambda x, *a, **k: zeros, predict_eps_cfg=lambda x, *a, **k: zeros)
     model.rand_input, model.eval = lambda n: torch.randn(n, *SHAPE), lambda: None
-    for _ in samples(model, ScheduleDDPM(N).sample_sigmas(N), gam=1, mu=0.5, xt=x_T, accelerator=SimpleNamespace(device="cpu")):
+    for _ in samples(
+        model, ScheduleDDPM(N).sample_sigmas(N), gam=1, mu=0.5, xt=x_T, accelerator=SimpleNamespace(device="cpu")
+    ):
         pass
 
 
@@ -89,7 +96,9 @@ def main():
     torch.set_num_threads(1)
     net = NetDenoiser(Zeros(), schedule)
     difference = (bare(Zeros(), noise) - ddpm(net, x_T, ts, noise=noise)).abs().max().item()
-    assert difference < 1e-2, difference  # the same chain: float32 rounding through 1000 steps that divide by alpha
+    assert difference < 1e-2, (
+        difference
+    )  # the same chain: float32 rounding through 1000 steps that divide by alpha
     randn = lambda k: torch.randn(4, *SHAPE)  # what the peers use
     contenders = {
         "bare loop": lambda: bare(Zeros(), randn),
@@ -108,7 +117,10 @@ def main():
         "samplers",
         "µs a step",
         rows,
-        {name: round(v / rows["bare loop, seeded noise" if "seeded" in name else "bare loop"], 2) for name, v in rows.items()},
+        {
+            name: round(v / rows["bare loop, seeded noise" if "seeded" in name else "bare loop"], 2)
+            for name, v in rows.items()
+        },
     )
 
 

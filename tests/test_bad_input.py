@@ -55,7 +55,9 @@ def refused(*says: str):
 @pytest.mark.parametrize(
     "f", [CHAIN, VPSchedule(), CosineSchedule(), VESchedule(), EDMSchedule()], ids=lambda f: type(f).__name__
 )
-@pytest.mark.parametrize("t", [-1e-6, 1.000001, 500, nan, inf, -inf, [0.5, 1.5], [-0.5, 0.5], [0.5, nan], [nan, 0.5]])
+@pytest.mark.parametrize(
+    "t", [-1e-6, 1.000001, 500, nan, inf, -inf, [0.5, 1.5], [-0.5, 0.5], [0.5, nan], [nan, 0.5]]
+)
 def test_times_outside_0_1(f, t):
     for call in (f, f.logsnr, check_time):
         with refused("t: expected times in [0, 1]", "got values from"):
@@ -72,7 +74,9 @@ def test_the_message_names_the_worst_times():
         CHAIN(T([0.1, 3.0, -0.5, 0.2]))
 
 
-@pytest.mark.parametrize("s, t", [(0.5, 0.5), (0.6, 0.5), ([0.1, 0.5], [0.2, 0.4]), ([0.1, 0.6], 0.5), (nan, 0.5), (0.5, nan)])
+@pytest.mark.parametrize(
+    "s, t", [(0.5, 0.5), (0.6, 0.5), ([0.1, 0.5], [0.2, 0.4]), ([0.1, 0.6], 0.5), (nan, 0.5), (0.5, nan)]
+)
 def test_posterior_wants_s_below_t(s, t):
     with refused("expected s < t", "noise at 1"):
         posterior_steps(CHAIN, T(s), T(t))
@@ -96,7 +100,9 @@ def test_transition_wants_s_below_t():
 # shapes
 
 
-@pytest.mark.parametrize("call", [q_sample, lambda f, x, t, e: q_step(f, x, t * 0, t, e)], ids=["q_sample", "q_step"])
+@pytest.mark.parametrize(
+    "call", [q_sample, lambda f, x, t, e: q_step(f, x, t * 0, t, e)], ids=["q_sample", "q_step"]
+)
 def test_shapes_of_noising(call):
     t = torch.full((4,), 0.5)
     for eps in (x[:1], x[:, 0], torch.zeros(4, 3, 8, 8), torch.zeros(())):
@@ -180,7 +186,10 @@ def test_rows_that_do_not(row):
 
 
 def test_denoisers_refuse_times_outside_0_1():
-    for denoiser, x_t in ((NetDenoiser(Same(), CHAIN), x), (GMMDenoiser(random_mixture(), CHAIN), torch.zeros(4, 2))):
+    for denoiser, x_t in (
+        (NetDenoiser(Same(), CHAIN), x),
+        (GMMDenoiser(random_mixture(), CHAIN), torch.zeros(4, 2)),
+    ):
         assert isinstance(denoiser, Denoiser)
         for t in (T(1.1), T(nan), T([0.5, 0.5, 0.5, -0.5])):
             with refused("t: expected times in [0, 1]"):
@@ -353,7 +362,9 @@ def test_wrong_keys(project, monkeypatch):
         settings("a", **KNOWN)
 
 
-@pytest.mark.parametrize("item", ["a.steps=many", "a.steps=1.5", "a.steps=", "a.lr=fast", "a.sizes=1,,2", "a.sizes="])
+@pytest.mark.parametrize(
+    "item", ["a.steps=many", "a.steps=1.5", "a.steps=", "a.lr=fast", "a.sizes=1,,2", "a.sizes="]
+)
 def test_wrong_types(project, monkeypatch, item):
     set_by(monkeypatch, item)
     name, value = item.split("=")
@@ -362,7 +373,9 @@ def test_wrong_types(project, monkeypatch, item):
         settings("a", **KNOWN)
 
 
-@pytest.mark.parametrize("item", ["a.steps", "steps=7", "=7", "a=7", "c.steps=7", ".steps=7", "a.steps:7", "a.steps=7,b=1;x"])
+@pytest.mark.parametrize(
+    "item", ["a.steps", "steps=7", "=7", "a=7", "c.steps=7", ".steps=7", "a.steps:7", "a.steps=7,b=1;x"]
+)
 def test_malformed_override(project, monkeypatch, item):
     set_by(monkeypatch, item)
     with refused("DIFFUSION_NB_SET: expected 'section.key=value'", "got"):
@@ -453,7 +466,9 @@ def is_what_the_web_holds(got, web):
     assert torch.equal(got.y, web.y) and torch.equal(got.y_test, web.y_test)
 
 
-@pytest.mark.parametrize("load, folder, name", [(mnist, "MNIST", "mnist"), (fashion_mnist, "FashionMNIST", "fashion-mnist")])
+@pytest.mark.parametrize(
+    "load, folder, name", [(mnist, "MNIST", "mnist"), (fashion_mnist, "FashionMNIST", "fashion-mnist")]
+)
 def test_download_and_read(web, project, load, folder, name):
     assert state(name) == "not here"
     is_what_the_web_holds(load(), web)
@@ -499,7 +514,9 @@ def test_truncated_file_is_fetched_again(web, project, victim):
     with pytest.raises(ConnectionError) as e:
         mnist()
     assert victim in str(e.value) and sum(name in str(e.value) for name in NAMES) == 1  # only what is wanted
-    assert not path.exists() and not path.with_suffix("").exists()  # nor is what was unpacked from it left to be read
+    assert (
+        not path.exists() and not path.with_suffix("").exists()
+    )  # nor is what was unpacked from it left to be read
     web.up, web.asked = True, set()
     is_what_the_web_holds(mnist(), web)
     assert web.asked == {victim} and state() == "verified"

@@ -49,9 +49,13 @@ def test_library_is_what_the_notebooks_export(tmp_path):
     package.mkdir()
     for path in ("pyproject.toml", "settings.ini", "diffusion_nb/__init__.py"):  # __init__ holds the version
         shutil.copy(ROOT / path, tmp_path / path)
-    done = subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("nbdev-export")], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    want, have = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*.py")} for f in (package, ROOT / "diffusion_nb"))
+    want, have = (
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*.py")} for f in (package, ROOT / "diffusion_nb")
+    )
     assert len(want) > 2
     leftover = sorted(str(p) for p in have.keys() - want.keys())
     assert not leftover, f"no notebook exports these, delete them: {leftover}"
@@ -70,7 +74,11 @@ def shows_something(cell) -> bool:
         node = todo.pop()
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
             continue
-        if isinstance(node, ast.Call) and name_of(node) in SHOWS and not any(k.arg == "file" for k in node.keywords):
+        if (
+            isinstance(node, ast.Call)
+            and name_of(node) in SHOWS
+            and not any(k.arg == "file" for k in node.keywords)
+        ):
             return True
         todo += ast.iter_child_nodes(node)
     value = body[-1].value if body and isinstance(body[-1], ast.Expr) else None
@@ -81,7 +89,9 @@ def shows_something(cell) -> bool:
 @pytest.mark.parametrize("stem", NOTEBOOKS)
 def test_every_cell_that_shows_something_has_its_output_stored(stem):
     missing = [
-        n for n, cell in code_cells(stem) if not EVAL_FALSE.search(cell.source) and not cell.outputs and shows_something(cell)
+        n
+        for n, cell in code_cells(stem)
+        if not EVAL_FALSE.search(cell.source) and not cell.outputs and shows_something(cell)
     ]
     assert not missing, f"{stem}: run it and save it; no stored output in code cells {missing}"
 
@@ -149,7 +159,9 @@ def claims_made():
             for node in ast.walk(tree(cell)):
                 if isinstance(node, ast.Call) and name_of(node) == "claim":
                     id = node.args[0] if node.args else None
-                    assert isinstance(id, ast.Constant), f"{stem}, code cell {n}: a claim whose id is not written out"
+                    assert isinstance(id, ast.Constant), (
+                        f"{stem}, code cell {n}: a claim whose id is not written out"
+                    )
                     if id.value != "demo":
                         yield id.value, stem
 

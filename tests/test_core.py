@@ -151,7 +151,10 @@ def test_damaged_file_is_made_again(maker, project, capsys, harm):
     else:
         path.write_bytes({"one bit": raw[:-1] + bytes([raw[-1] ^ 1]), "truncated": raw[:-1], "empty": b""}[harm])
     got, _ = artifact("a", maker.make, {"size": 3})
-    assert capsys.readouterr().out == f"making a ({'there is none yet' if harm == 'gone' else 'its file is damaged'})\n"
+    assert (
+        capsys.readouterr().out
+        == f"making a ({'there is none yet' if harm == 'gone' else 'its file is damaged'})\n"
+    )
     assert maker.made == [3, 3] and torch.equal(got["w"], want["w"])
     assert path.read_bytes() == raw
 
@@ -333,7 +336,9 @@ def test_fingerprint_does_not_see_words(tmp_path, old, new):
 
 
 def test_fingerprint_is_the_same_in_another_process(tmp_path):
-    (tmp_path / "prog.py").write_text(CODE + "\nfrom diffusion_nb.core import fingerprint\nprint(fingerprint(make))\n")
+    (tmp_path / "prog.py").write_text(
+        CODE + "\nfrom diffusion_nb.core import fingerprint\nprint(fingerprint(make))\n"
+    )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     for seed in ("0", "1"):
         done = subprocess.run(
@@ -367,7 +372,15 @@ def test_oracle(check):
     assert check(1e12 + 1, 1e12).holds and not check(1e6 + 1, 1e6).holds  # relative above 1
     assert check(0.1, 0.0, tol=0.11).holds and not check(0.1, 0.0, tol=0.09).holds
     assert not check([1.0, 2.0, 3.1], [1.0, 2.0, 3.0]).holds  # one entry is enough
-    for got, want in [(nan, 1.0), (1.0, nan), (nan, nan), (inf, 1.0), (1.0, inf), (inf, inf), ([1.0, nan], [1.0, 1.0])]:
+    for got, want in [
+        (nan, 1.0),
+        (1.0, nan),
+        (nan, nan),
+        (inf, 1.0),
+        (1.0, inf),
+        (inf, inf),
+        ([1.0, nan], [1.0, 1.0]),
+    ]:
         assert not check(got, want).holds, (got, want)
     with pytest.raises(ValueError, match="same shape"):
         check(torch.zeros(3), torch.zeros(4))

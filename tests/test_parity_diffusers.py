@@ -54,7 +54,9 @@ def test_add_noise_at_every_time(name):
     x0, eps = pictures(0, T), pictures(1, T)
     want = theirs.add_noise(x0, eps, i)  # their index i is our time (i + 1) / T
     # Theirs takes 1 - ᾱ from ᾱ: an error of 1e-16 in 1 - ᾱ ≥ 4e-5, so 1e-14 in its root; times eps < 6.
-    torch.testing.assert_close(q_sample(ours, x0, (i + 1) / T, eps), want, rtol=0, atol=3e-7)  # t rounded to float32
+    torch.testing.assert_close(
+        q_sample(ours, x0, (i + 1) / T, eps), want, rtol=0, atol=3e-7
+    )  # t rounded to float32
     torch.testing.assert_close(q_sample(ours, x0, (i + 1).double() / T, eps), want, rtol=0, atol=1e-13)
 
 
@@ -78,7 +80,9 @@ def test_one_reverse_step_at_every_time(name, kind, monkeypatch):
     alpha, sigma = (like(c, x) for c in ours(t))
     pred = Pred(x, alpha, sigma, (x - sigma * eps) / alpha)
     mean, _ = q_posterior(ours, x, pred.x0, s, t)
-    var = getattr(posterior_steps(ours, s, t), kind) * (s > 0)  # nothing is added by the step that ends at the data
+    var = getattr(posterior_steps(ours, s, t), kind) * (
+        s > 0
+    )  # nothing is added by the step that ends at the data
     got = mean + like(var.sqrt(), x) * noise
     # Theirs loses digits in 1 - ᾱ_t/ᾱ_s = β ≥ 4e-5 (relative error 1e-16 / 4e-5 = 3e-12), and multiplies that by x0,
     # which reaches 2e4 at the end of the cosine chain: so the tolerance is relative to that.
@@ -182,7 +186,10 @@ def both(channels: tuple[int, ...], layers: int, attention: tuple[int, ...]) -> 
             up_block_types=up, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6,
             norm_num_groups=32, act_fn="silu", attention_head_dim=None, time_embedding_type="positional",
         ).double().eval()  # fmt: skip
-        for name, p in theirs.named_parameters():  # norms start as the identity, which any norm's weights would match
+        for (
+            name,
+            p,
+        ) in theirs.named_parameters():  # norms start as the identity, which any norm's weights would match
             if "norm" in name:
                 torch.nn.init.normal_(p, mean=float(name.endswith("weight")), std=0.3)
     ours = UNet(3, channels[0], [c // channels[0] for c in channels], layers, attention).double().eval()

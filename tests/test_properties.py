@@ -103,7 +103,9 @@ def test_shape_and_dtype_of_times(name, ts):
         for whole, a, b in zip(together, one32, one64, strict=True):
             assert a.shape == b.shape == ()
             torch.testing.assert_close(a, b, **EXACT)  # a float32 is a float64
-            torch.testing.assert_close(whole[i], b, rtol=1e-14, atol=0)  # alone or in a vector: rounding of exp, pow
+            torch.testing.assert_close(
+                whole[i], b, rtol=1e-14, atol=0
+            )  # alone or in a vector: rounding of exp, pow
 
 
 @given(betas, st.data())

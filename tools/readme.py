@@ -23,7 +23,9 @@ def from_root(match: re.Match) -> str:
 
 def readable(output) -> bool:
     "No warnings, no progress bars."
-    return output.get("name") != "stderr" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+    return output.get("name") != "stderr" and "application/vnd.jupyter.widget-view+json" not in output.get(
+        "data", {}
+    )
 
 
 def convert(notebook: Path) -> dict[str, bytes]:
