@@ -26,6 +26,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'diffusion_nb.core._overrides': ('core.html#_overrides', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core._parse': ('core.html#_parse', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core._parts': ('core.html#_parts', 'diffusion_nb/core.py'),
+                                   'diffusion_nb.core._plain': ('core.html#_plain', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core._problem': ('core.html#_problem', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core._sha256': ('core.html#_sha256', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core._tree': ('core.html#_tree', 'diffusion_nb/core.py'),

@@ -268,13 +268,21 @@ def claim(id: str, *evidence: Evidence, says: str) -> None:
             raise ClaimError(f"{id} ({says}) does not hold, {e.kind}: {e.detail}")
     print(f"✓ {id} {says} · {', '.join(dict.fromkeys(e.kind for e in evidence))}")
 
-# %% ../nbs/00_core.ipynb #d4a92d90
+# %% ../nbs/00_core.ipynb #75953f20
 def _parts(obj) -> list[FunctionType]:
     "The functions that make up a function or a class (what dataclass and NamedTuple generate aside)."
     members = [obj] if isinstance(obj, FunctionType) else vars(obj).values()
     members = [inspect.unwrap(getattr(m, "fget", None) or getattr(m, "__func__", m)) for m in members]
     return [m for m in members if isinstance(m, FunctionType) and not m.__code__.co_filename.startswith("<string")
             and m.__module__ == obj.__module__]  # fmt: skip
+
+
+def _plain(node) -> str:
+    "A syntax tree as text, the same in every version of Python: ast.dump is not."
+    if isinstance(node, ast.AST):
+        fields = (f"{name}={_plain(v)}" for name, v in ast.iter_fields(node) if v is not None and v != [])
+        return f"{type(node).__name__}({', '.join(fields)})"
+    return f"[{', '.join(map(_plain, node))}]" if isinstance(node, list) else repr(node)
 
 
 def _tree(f: FunctionType) -> ast.AST:
@@ -294,7 +302,7 @@ def _mentioned(f: FunctionType) -> dict:
         names |= {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
         codes += [c for c in code.co_consts if isinstance(c, CodeType)]
     defaults = dict(enumerate(f.__defaults__ or ())) | (f.__kwdefaults__ or {})
-    return {n: f.__globals__[n] for n in names if n in f.__globals__} | defaults
+    return {n: f.__globals__[n] for n in names if n in f.__globals__ and not n.startswith("__")} | defaults
 
 
 def _leaves(value) -> list:
@@ -322,7 +330,7 @@ def fingerprint(*objects) -> str:
             for leaf in _leaves(value)
         ]
         constants = sorted({f"{name}={v!r}" for name, v in mentioned if isinstance(v, int | float | str)})
-        found.append([obj.__qualname__, *(ast.dump(_tree(f)) for f in _parts(obj)), *constants])
+        found.append([obj.__qualname__, *(_plain(_tree(f)) for f in _parts(obj)), *constants])
         todo += [v for v in (*(v for _, v in mentioned), *getattr(obj, "__bases__", ())) if callable(v)]
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()[:16]
 

@@ -191,3 +191,16 @@ def test_list_of_claims_is_complete():
 def test_readme_is_up_to_date():
     done = subprocess.run([sys.executable, ROOT / "tools/readme.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# the artifacts
+
+
+@pytest.mark.parametrize("name", ["digit_judge", "digit_denoiser"])
+def test_committed_artifacts_belong_to_their_recipes(name, capsys):
+    "Nothing is said to be made again: on any supported Python, in any folder, from settings.ini and the code as they are."
+    from diffusion_nb.data import digit_judge
+    from diffusion_nb.training import digit_denoiser
+
+    {"digit_judge": digit_judge, "digit_denoiser": digit_denoiser}[name]()
+    assert capsys.readouterr().out == ""
