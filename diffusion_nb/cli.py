@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-# %% ../nbs/cli.ipynb #f9f88332
+# %% ../nbs/cli.ipynb #3aecfffd
 def chosen(names: list[str], folder: Path) -> list[Path]:
     "The numbered notebooks whose names begin with any of `names`, in order (all of them if there are none)."
     book = sorted(folder.glob("[0-9]*.ipynb"))
@@ -35,8 +35,14 @@ def execute(path: Path, out: Path) -> str | None:
     with tqdm(
         total=code, desc=f"{path.stem:14}", unit="cell", bar_format="{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed}"
     ) as bar:
-        client = NotebookClient(nb, timeout=None, kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=40"], resources={"metadata": {"path": str(path.parent)}},
-                                on_cell_executed=lambda **_: bar.update())  # fmt: skip
+        client = NotebookClient(
+            nb,
+            timeout=None,
+            kernel_name="python3",
+            extra_arguments=["--IPKernelApp.log_level=40"],  # errors only
+            resources={"metadata": {"path": str(path.parent)}},
+            on_cell_executed=lambda **_: bar.update(),
+        )
         try:
             client.execute()
         except (CellExecutionError, DeadKernelError) as e:

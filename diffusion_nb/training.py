@@ -81,7 +81,7 @@ def deferred_interrupt():
     finally:
         signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/07_ddpm.ipynb #bc432793
+# %% ../nbs/07_ddpm.ipynb #bc5d3a44
 class Trainer:
     """Fits a denoiser to pictures: `Trainer(denoiser, x0, …).fit()` returns a copy with averaged weights. (DDPM-A1)
 
@@ -95,7 +95,7 @@ class Trainer:
     ema: the decay of the averaged weights. clip: the largest gradient norm. betas: of AdamW. seed: of everything.
     device: the GPU if there is one. bf16: autocast. compile: torch.compile the network.
     checkpoint: a file, written every `every` steps and at the end; where it exists, training goes on from it.
-    Raises ValueError for data with NaN and for a checkpoint that is damaged or of another run; FloatingPointError where the
+    Raises ValueError for data with NaN, a wrong number of conditions, and a checkpoint that is damaged or of another run; FloatingPointError where the
     loss stops being finite; KeyboardInterrupt after Ctrl-C, once the checkpoint is written.
     """
 
@@ -106,6 +106,11 @@ class Trainer:
                  device=None, bf16: bool = False, compile: bool = False, checkpoint: Path | str | None = None,
                  every: int = 1000):  # fmt: skip
         check_finite(x0, "x0")
+        for name, values in (cond or {}).items():
+            if len(values) != len(x0):
+                raise ValueError(
+                    f"cond: expected {len(x0)} values of {name!r}, one for each picture; got {len(values)}"
+                )
         self.device = torch.device(device) if device else default_device()
         self.steps, self.lr, self.batch, self.null, self.drop, self.times = steps, lr, batch, null, drop, times
         self.loss, self.augment, self.decay, self.clip, self.seed, self.bf16 = loss, augment, ema, clip, seed, bf16

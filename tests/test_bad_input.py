@@ -37,6 +37,7 @@ from diffusion_nb.forward import (
 )
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.posterior import posterior_steps, q_posterior
+from diffusion_nb.training import Trainer
 
 nan, inf = float("nan"), float("inf")
 CHAIN = DDPMSchedule(linear_betas())
@@ -543,3 +544,16 @@ def test_digits_need_no_network(web):
     assert got.x.shape == (1497, 1, 8, 8) and got.x_test.shape == (300, 1, 8, 8)
     assert sorted(got.x.unique().tolist()) == [i / 8 - 1 for i in range(17)]
     assert got.y.bincount().tolist() == [148, 152, 147, 152, 151, 152, 151, 149, 145, 150]
+
+
+# training
+
+
+def test_data_that_cannot_be_trained_on():
+    def trainer(x0, **kw):
+        return Trainer(NetDenoiser(Same(), CHAIN), x0, steps=1, lr=lambda k: 0.1, **kw)
+
+    with refused("x0: 1 of its 256 values are NaN or infinite"):
+        trainer(torch.zeros(4, 1, 8, 8).index_put((torch.tensor(0),) * 4, T(nan).float()))
+    with refused("cond: expected 4 values of 'y', one for each picture; got 3"):
+        trainer(torch.zeros(4, 1, 8, 8), cond={"y": torch.zeros(3).long()})
