@@ -222,7 +222,7 @@ def sample(args) -> int:
     print(f"wrote {args.n} pictures: {out}/grid.png, samples.safetensors and run.json")
     return 0
 
-# %% ../nbs/cli.ipynb #d91961d4
+# %% ../nbs/cli.ipynb #13dac84b
 def data(args) -> int:
     from diffusion_nb.data import DATA_SETS
     from diffusion_nb.training import data_set
@@ -241,10 +241,13 @@ def data(args) -> int:
 
 def artifacts(args) -> int:
     "Train every artifact from nothing; metrics beside those on the old cards."
+    import torch
+
     from diffusion_nb.core import artifact, project_root, settings
     from diffusion_nb.data import JUDGE, train_judge
     from diffusion_nb.training import recipe, train_digits
 
+    torch.set_num_threads(1)  # sums in one order: the same weights every time on one machine
     recipes = {
         "digit_judge": (train_judge, vars(settings("01_data", **JUDGE))),
         "digit_denoiser": (train_digits, recipe("digits")),
