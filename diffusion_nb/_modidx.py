@@ -14,6 +14,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'diffusion_nb.cli.sample': ('cli.html#sample', 'diffusion_nb/cli.py'),
                                   'diffusion_nb.cli.title': ('cli.html#title', 'diffusion_nb/cli.py'),
                                   'diffusion_nb.cli.train': ('cli.html#train', 'diffusion_nb/cli.py'),
+                                  'diffusion_nb.cli.web_page': ('cli.html#web_page', 'diffusion_nb/cli.py'),
                                   'diffusion_nb.cli.write_json': ('cli.html#write_json', 'diffusion_nb/cli.py')},
             'diffusion_nb.core': { 'diffusion_nb.core.ClaimError': ('core.html#claimerror', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.Evidence': ('core.html#evidence', 'diffusion_nb/core.py'),
