@@ -1,0 +1,84 @@
+"""The command line: what it says and how it exits."""
+
+import json
+
+import nbformat
+import pytest
+
+from diffusion_nb.cli import main
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    "A project whose first notebook works, whose second fails and whose third works."
+    (tmp_path / "settings.ini").write_text("")
+    (tmp_path / "nbs").mkdir()
+    for name, source in (("01_good", "print('profile', __import__('os').environ['DIFFUSION_NB_PROFILE'])"),
+                         ("02_bad", "raise SystemError('no such formula')"), ("03_good", "1 + 1")):  # fmt: skip
+        cells = [nbformat.v4.new_markdown_cell(f"# {name}\n\nwhere $x_t$"), nbformat.v4.new_code_cell(source)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"nbs/{name}.ipynb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_NB_PROFILE", "cpu")
+    return tmp_path
+
+
+def pages(book):
+    return sorted(p.name for p in (book / "_book").glob("*.html"))
+
+
+def test_run_stops_at_the_first_failure(book, capsys):
+    assert main(["run"]) == 1
+    said = capsys.readouterr()
+    assert "02_bad.ipynb failed" in said.err and "no such formula" in said.err
+    assert "1 of 3 notebooks ran well; failed: 02_bad" in said.out and "_book/index.html" in said.out
+    assert pages(book) == ["01_good.html", "02_bad.html", "index.html"]
+    index = (book / "_book/index.html").read_text()
+    assert index.count("failed") >= 1 and "not run" in index
+
+
+def test_run_keeps_going_as_told(book, capsys):
+    assert main(["run", "--keep-going", "--profile", "gpu"]) == 1
+    assert "2 of 3 notebooks ran well; failed: 02_bad" in capsys.readouterr().out
+    assert pages(book) == ["01_good.html", "02_bad.html", "03_good.html", "index.html"]
+    outputs = nbformat.read(book / "_book/01_good.ipynb", 4).cells[1].outputs
+    assert outputs[0].text == "profile gpu\n"
+    assert not nbformat.read(book / "nbs/01_good.ipynb", 4).cells[1].outputs  # the book itself is not touched
+    assert "<math" in (book / "_book/01_good.html").read_text()
+
+
+def test_run_some(book, capsys):
+    assert main(["run", "01", "03"]) == 0
+    assert main(["run", "07"]) == 1
+    assert "no notebook '07'; there are 01_good, 02_bad, 03_good" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, said", [
+    (["train", "--data", "letters"], "no data set 'letters'; there are digits, mnist, fashion-mnist, cifar10"),
+    (["sample", "--model", "nowhere"], "nowhere holds no run.json"),
+    (["sample", "--label", "10"], "this model knows the labels 0 to 9"),
+    (["sample", "--n", "0"], "expected numbers of at least 1"),
+])  # fmt: skip
+def test_mistakes_are_named(words, said, capsys, tmp_path):
+    assert main(words if words[0] == "train" else [*words, "--out", str(tmp_path)]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["draw"], ["train", "--steps", "many"], ["sample", "--sampler", "magic"]])
+def test_words_that_make_no_sense(words):
+    with pytest.raises(SystemExit) as e:
+        main(words)
+    assert e.value.code == 2
+
+
+@pytest.mark.parametrize("words", [["--help"], *([c, "--help"] for c in ("run", "train", "sample", "data", "artifacts"))])
+def test_help(words, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(words)
+    assert e.value.code == 0 and "usage: diffusion-nb" in capsys.readouterr().out
+
+
+def test_what_was_run_is_written_down(tmp_path):
+    assert main(["sample", "--n", "3", "--steps", "2", "--seed", "5", "--label", "7", "--out", str(tmp_path)]) == 0
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert (about["n"], about["steps"], about["seed"], about["label"], about["sampler"]) == (3, 2, 5, 7, "ddpm")
+    assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
