@@ -70,7 +70,9 @@ def test_words_that_make_no_sense(words):
     assert e.value.code == 2
 
 
-@pytest.mark.parametrize("words", [["--help"], *([c, "--help"] for c in ("run", "train", "sample", "data", "artifacts"))])
+@pytest.mark.parametrize(
+    "words", [["--help"], *([c, "--help"] for c in ("run", "train", "sample", "data", "artifacts"))]
+)
 def test_help(words, capsys):
     with pytest.raises(SystemExit) as e:
         main(words)
