@@ -43,6 +43,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'diffusion_nb.core.like': ('core.html#like', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.limit': ('core.html#limit', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.monte_carlo': ('core.html#monte_carlo', 'diffusion_nb/core.py'),
+                                   'diffusion_nb.core.one_of': ('core.html#one_of', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.oracle': ('core.html#oracle', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.project_root': ('core.html#project_root', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.settings': ('core.html#settings', 'diffusion_nb/core.py'),
@@ -223,6 +224,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'diffusion_nb.training.recipe_denoiser': ('ddpm.html#recipe_denoiser', 'diffusion_nb/training.py'),
                                        'diffusion_nb.training.recipe_trainer': ('ddpm.html#recipe_trainer', 'diffusion_nb/training.py'),
                                        'diffusion_nb.training.train_digits': ('ddpm.html#train_digits', 'diffusion_nb/training.py'),
-                                       'diffusion_nb.training.unet_denoiser': ('ddpm.html#unet_denoiser', 'diffusion_nb/training.py'),
                                        'diffusion_nb.training.warmup_constant': ('ddpm.html#warmup_constant', 'diffusion_nb/training.py'),
                                        'diffusion_nb.training.warmup_cosine': ('ddpm.html#warmup_cosine', 'diffusion_nb/training.py')}}}

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['GAMMA', 'MIX1', 'MIX2', 'splitmix64', 'Noise', 'default_device', 'like', 'check_time', 'check_labels', 'check_finite',
-           'project_root', 'write_atomically', 'ints', 'settings', 'Evidence', 'ClaimError', 'symbolic', 'oracle',
-           'within', 'statistic', 'limit', 'monte_carlo', 'experiment', 'claim', 'fingerprint', 'artifact']
+           'project_root', 'write_atomically', 'ints', 'one_of', 'settings', 'Evidence', 'ClaimError', 'symbolic',
+           'oracle', 'within', 'statistic', 'limit', 'monte_carlo', 'experiment', 'claim', 'fingerprint', 'artifact']
 
 # %% ../nbs/00_core.ipynb #9e655aa3
 import ast
@@ -136,10 +136,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         draft.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #57055934
+# %% ../nbs/00_core.ipynb #f3cbc2d8
 def ints(text: str) -> tuple[int, ...]:
     "'1, 2, 2' → (1, 2, 2): a settings type."
     return tuple(int(v) for v in text.split(","))
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    "A settings type: one of these words."
+
+    def choice(text: str) -> str:
+        if text not in names:
+            raise ValueError(text)
+        return text
+
+    choice.__name__ = f"choice of {', '.join(names)}"
+    return choice
 
 
 def settings(section: str, **types: Callable) -> SimpleNamespace:

@@ -37,7 +37,7 @@ from diffusion_nb.forward import (
 )
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.posterior import posterior_steps, q_posterior
-from diffusion_nb.training import Trainer
+from diffusion_nb.training import Trainer, recipe
 
 nan, inf = float("nan"), float("inf")
 CHAIN = DDPMSchedule(linear_betas())
@@ -557,3 +557,9 @@ def test_data_that_cannot_be_trained_on():
         trainer(torch.zeros(4, 1, 8, 8).index_put((torch.tensor(0),) * 4, T(nan).float()))
     with refused("cond: expected 4 values of 'y', one for each picture; got 3"):
         trainer(torch.zeros(4, 1, 8, 8), cond={"y": torch.zeros(3).long()})
+
+
+def test_recipe_with_a_word_that_is_no_choice(monkeypatch):
+    monkeypatch.setenv("DIFFUSION_NB_SET", "recipe.digits.schedule=sine")
+    with refused("settings [recipe.digits]: schedule = 'sine' is not a valid choice of cosine, linear"):
+        recipe("digits")
