@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['chosen', 'execute', 'web_page', 'title', 'index_page', 'run', 'train', 'device_name', 'write_json', 'load_model',
-           'sample', 'data', 'artifacts', 'parser', 'main']
+           'sample', 'data', 'artifacts', 'ledger', 'parser', 'main']
 
 # %% ../nbs/cli.ipynb #e95781a6
 import argparse
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-# %% ../nbs/cli.ipynb #945128a9
+# %% ../nbs/cli.ipynb #6867aaa0
 def chosen(names: list[str], folder: Path) -> list[Path]:
     "The numbered notebooks whose names begin with any of `names`, in order (all of them if there are none)."
     book = sorted(folder.glob("[0-9]*.ipynb"))
@@ -121,7 +121,7 @@ def run(args) -> int:
     print(f"open {out / 'index.html'}")
     return 1 if failed else 0
 
-# %% ../nbs/cli.ipynb #d0c2611b
+# %% ../nbs/cli.ipynb #958821f0
 def train(args) -> int:
     import torch
     from safetensors.torch import save_file
@@ -239,7 +239,7 @@ def sample(args) -> int:
     print(f"wrote {args.n} pictures: {out}/grid.png, samples.safetensors and run.json")
     return 0
 
-# %% ../nbs/cli.ipynb #13dac84b
+# %% ../nbs/cli.ipynb #8855c1e5
 def data(args) -> int:
     from diffusion_nb.data import DATA_SETS
     from diffusion_nb.training import data_set
@@ -278,11 +278,28 @@ def artifacts(args) -> int:
             print(f"  {metric:36} {value:8.4f}   was {old.get(metric, float('nan')):8.4f}")
     return 0
 
-# %% ../nbs/cli.ipynb #b6d4d2a5
+
+def ledger(args) -> int:
+    "Also names, and fails for, what is shown less well than claims.toml asks for."
+    from diffusion_nb.core import write_atomically
+    from diffusion_nb.ledger import gaps, ledger
+
+    table, missing = ledger().markdown(), gaps()
+    if args.out:
+        write_atomically(Path(args.out), lambda p: p.write_text(table))
+        print(f"wrote {args.out}")
+    else:
+        print(table, end="")
+    print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
+    return 1 if missing else 0
+
+# %% ../nbs/cli.ipynb #36ab86ca
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="diffusion-nb", description="Diffusion models: run the book, train, draw.",
                                 epilog="Start with `diffusion-nb run`, or draw digits at once with `diffusion-nb sample`.")  # fmt: skip
-    commands = p.add_subparsers(dest="command", required=True, metavar="run | train | sample | data | artifacts")
+    commands = p.add_subparsers(
+        dest="command", required=True, metavar="run | train | sample | data | artifacts | ledger"
+    )
 
     def command(function, help, **options):
         "options: a type (no default), bool (a switch) or the default value."
@@ -330,6 +347,8 @@ def parser() -> argparse.ArgumentParser:
     c = command(data, "list the data sets with size, state and licence; with names, fetch and verify them")
     c.add_argument("names", nargs="*", metavar="NAME", help="digits, mnist, fashion-mnist or cifar10")
     command(artifacts, "train the small networks that come with the book again, and compare with their cards")
+    command(ledger, "print which statement of which paper is shown where, by which code and how well, as a table in Markdown",
+            out=("file to write instead", str))  # fmt: skip
     return p
 
 
