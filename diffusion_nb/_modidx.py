@@ -38,6 +38,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'diffusion_nb.core.check_time': ('core.html#check_time', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.claim': ('core.html#claim', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.default_device': ('core.html#default_device', 'diffusion_nb/core.py'),
+                                   'diffusion_nb.core.erratum': ('core.html#erratum', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.experiment': ('core.html#experiment', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.fingerprint': ('core.html#fingerprint', 'diffusion_nb/core.py'),
                                    'diffusion_nb.core.ints': ('core.html#ints', 'diffusion_nb/core.py'),

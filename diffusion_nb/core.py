@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['GAMMA', 'MIX1', 'MIX2', 'splitmix64', 'Noise', 'default_device', 'like', 'check_time', 'check_labels', 'check_finite',
            'project_root', 'write_atomically', 'ints', 'one_of', 'settings', 'Evidence', 'ClaimError', 'symbolic',
-           'oracle', 'within', 'statistic', 'limit', 'monte_carlo', 'experiment', 'claim', 'fingerprint', 'artifact']
+           'oracle', 'within', 'statistic', 'limit', 'monte_carlo', 'experiment', 'claim', 'erratum', 'fingerprint',
+           'artifact']
 
 # %% ../nbs/00_core.ipynb #9e655aa3
 import ast
@@ -279,6 +280,18 @@ def claim(id: str, *evidence: Evidence, says: str) -> None:
         if not e.holds:
             raise ClaimError(f"{id} ({says}) does not hold, {e.kind}: {e.detail}")
     print(f"✓ {id} {says} · {', '.join(dict.fromkeys(e.kind for e in evidence))}")
+
+
+def erratum(id: str, *, printed: Evidence, right: Evidence, where: str, prints: str, holds: str) -> None:
+    """A source misprints row `id` of claims.toml: one line if the printed form fails its check and the right one passes.
+
+    Raises ClaimError where the printed form holds after all, and where the right one does not.
+    """
+    if printed.holds:
+        raise ClaimError(f"{id} is no erratum, {where} is right, {printed.kind}: {printed.detail}")
+    if not right.holds:
+        raise ClaimError(f"{id} ({holds}) does not hold, {right.kind}: {right.detail}")
+    print(f"✗→✓ {id} {where}: {prints} → {holds} · {', '.join(dict.fromkeys((printed.kind, right.kind)))}")
 
 # %% ../nbs/00_core.ipynb #75953f20
 def _parts(obj) -> list[FunctionType]:
