@@ -202,7 +202,8 @@ def sample(args) -> int:
     from diffusion_nb.core import Noise, default_device, write_atomically
     from diffusion_nb.data import picture_grid
     from diffusion_nb.denoiser import Clip
-    from diffusion_nb.samplers.ddpm import ddpm, large, small, time_grid
+    from diffusion_nb.elbo import large, small
+    from diffusion_nb.samplers.ddpm import ddpm, time_grid
 
     device = torch.device(args.device) if args.device else default_device()
     model, r, shape = load_model(args.model)
