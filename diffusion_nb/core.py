@@ -291,7 +291,7 @@ def erratum(id: str, *, printed: Evidence, right: Evidence, where: str, prints: 
         raise ClaimError(f"{id} is no erratum, {where} is right, {printed.kind}: {printed.detail}")
     if not right.holds:
         raise ClaimError(f"{id} ({holds}) does not hold, {right.kind}: {right.detail}")
-    print(f"✗→✓ {id} {where}: {prints} → {holds} · {', '.join(dict.fromkeys((printed.kind, right.kind)))}")
+    print(f"✗→✓ {id} {where}: not {prints}, but {holds} · {', '.join(dict.fromkeys((printed.kind, right.kind)))}")
 
 # %% ../nbs/00_core.ipynb #75953f20
 def _parts(obj) -> list[FunctionType]:

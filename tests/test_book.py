@@ -19,7 +19,7 @@ NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((RO
 CLAIMS = tomllib.loads((ROOT / "claims.toml").read_text())["claim"]
 KINDS = {"symbolic", "oracle", "limit", "Monte Carlo", "experiment", "picture"}
 
-SHOWS = {"print", "claim", "show", "display"}
+SHOWS = {"print", "claim", "erratum", "show", "display"}
 EVAL_FALSE = re.compile(r"^#\s*\|\s*eval\s*:\s*false\s*$", re.MULTILINE | re.IGNORECASE)
 EXPORTS = re.compile(r"^#\s*\|\s*(?:default_exp|exporti?|exports)\s*:?\s+([\w.]+)\s*$", re.MULTILINE)
 HERE = {str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir()} - {"/"}
@@ -149,18 +149,18 @@ def test_notebooks_import_only_from_earlier_ones(stem):
             assert MODULES[module] < stem, f"{stem}, code cell {n}: {module} comes from {MODULES[module]}"
 
 
-# the claims
+# the claims and the errata
 
 
-def claims_made():
-    "(id, notebook) of each claim in the book; those of 'demo' claim nothing."
+def ids_made(by: str):
+    "(id, notebook) of each call of claim, or erratum, in the book; those of 'demo' state nothing."
     for stem in NOTEBOOKS:
         for n, cell in code_cells(stem):
             for node in ast.walk(tree(cell)):
-                if isinstance(node, ast.Call) and name_of(node) == "claim":
+                if isinstance(node, ast.Call) and name_of(node) == by:
                     id = node.args[0] if node.args else None
                     assert isinstance(id, ast.Constant), (
-                        f"{stem}, code cell {n}: a claim whose id is not written out"
+                        f"{stem}, code cell {n}: the id of a call of {by} is not written out"
                     )
                     if id.value != "demo":
                         yield id.value, stem
@@ -169,13 +169,22 @@ def claims_made():
 def test_claims_are_listed_once_and_made_once_where_the_list_says():
     listed = {entry["id"]: entry["notebook"] for entry in CLAIMS}
     assert len(listed) == len(CLAIMS), "claims.toml lists an id twice"
-    made = list(claims_made())
+    made = list(ids_made("claim"))
     twice = [id for id, count in Counter(id for id, _ in made).items() if count > 1]
     assert not twice, f"claimed twice: {twice}"
     unlisted = [(id, stem) for id, stem in made if id not in listed]
     assert not unlisted, f"not in claims.toml: {unlisted}"
     elsewhere = [(id, stem, listed[id]) for id, stem in made if listed[id] != stem]
     assert not elsewhere, f"claimed in another notebook than claims.toml says (id, where, says): {elsewhere}"
+
+
+def test_errata_name_listed_claims_and_stand_in_the_table_in_order():
+    made = [id for id, stem in ids_made("erratum") if stem == "errata"]
+    assert made == [id for id, _ in ids_made("erratum")], "an erratum outside its notebook"
+    assert made and set(made) <= {entry["id"] for entry in CLAIMS}
+    text = "\n".join(cell.source for cell in NOTEBOOKS["errata"].cells if cell.cell_type == "markdown")
+    assert re.findall(r"^### ([\w.-]+):", text, re.MULTILINE) == made
+    assert re.findall(r"^\| ([A-Z]+-[\w.-]+) \|", text, re.MULTILINE) == made
 
 
 def test_list_of_claims_is_complete():
