@@ -3,7 +3,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help run test lab export lint artifacts clean
+.PHONY: help run test lab docs export lint artifacts clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -19,6 +19,9 @@ test: $(STAMP)  ## check every notebook against its stored outputs, and the libr
 lab: $(STAMP)  ## open the book in JupyterLab
 	$(BIN)/jupyter lab $(ARGS) nbs
 
+docs: $(STAMP)  ## write the book, its ledger and the library as web pages under _site/
+	$(BIN)/python tools/pages.py $(ARGS)
+
 export: $(STAMP)  ## write diffusion_nb/ and README.md from the notebooks
 	$(BIN)/nbdev-export
 	$(BIN)/python tools/readme.py
@@ -31,7 +34,7 @@ artifacts: $(STAMP)  ## train every small network again and compare with the car
 	$(BIN)/diffusion-nb artifacts $(ARGS)
 
 clean:  ## remove what was made here, except .venv and data
-	rm -rf runs _book build dist .ruff_cache .pytest_cache .hypothesis
+	rm -rf runs _book _site build dist .ruff_cache .pytest_cache .hypothesis
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

@@ -105,9 +105,9 @@ def test_rows_of_notebooks_to_come_are_planned(book):
 
 
 def test_an_erratum_is_linked_from_its_row(book):
-    cell = code('erratum("X-2", ...)', "✗→✓ X-2 printed 1, right is 2")
+    cell = code('erratum("X-2", ...)', "✗→✓ X-2 not 1, but 2 · oracle", "✗→✓ X-2 not 3, but 4 · limit")
     root = book({"X-1": ["oracle"], "X-2/3": ["oracle"]}, errata=[prose("# Errata\n## A sign"), cell])
-    assert [bool(row.erratum) for row in ledger(root)] == [False, True]
+    assert [len(row.errata) for row in ledger(root)] == [0, 2]
     assert 'href="errata.ipynb#A-sign"' in ledger(root).html()
 
 

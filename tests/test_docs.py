@@ -1,0 +1,140 @@
+"""The web pages: all there, all links hold, nothing is fetched from elsewhere; and the build says so when not."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from html import unescape
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from pages import Page, broken  # noqa: E402
+
+
+def build(root, out):
+    words = [sys.executable, ROOT / "tools/pages.py", "--root", root, "--out", out]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    done = build(ROOT, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_all_links_hold_and_nothing_is_fetched(site):
+    assert list(broken(site)) == []
+    assert len(list(site.rglob("*.html"))) > 20
+
+
+def test_every_notebook_and_module_has_its_page(site):
+    for path in (ROOT / "nbs").glob("*.ipynb"):
+        assert (site / f"{path.stem}.html").exists(), path.stem
+    for path in (ROOT / "diffusion_nb").rglob("[!_]*.py"):
+        name = ".".join(path.relative_to(ROOT / "diffusion_nb").with_suffix("").parts)
+        assert (site / f"api/{name}.html").exists(), name
+
+
+def test_pages_say_where_to_run_them(site):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    colab = project.replace("https://github.com", "https://colab.research.google.com/github")
+    links = Page((site / "03_posterior.html").read_text()).links
+    assert f"{colab}/blob/main/nbs/03_posterior.ipynb" in links and "running.html" in links
+
+
+def test_ledger_has_a_row_for_every_statement(site):
+    ids = Page((site / "ledger.html").read_text()).ids
+    assert {entry["id"] for entry in tomllib.loads((ROOT / "claims.toml").read_text())["claim"]} <= ids
+
+
+def test_signatures_are_readable_and_ids_lead_to_the_ledger(site):
+    page = (site / "api/posterior.html").read_text()
+    assert "Tensor" in page and '"b *d"' in unescape(page) and "&lt;class" not in page
+    assert "../ledger.html#DDPM-6/7" in Page(page).links
+
+
+def test_formulas_are_drawn_by_what_lies_beside_the_pages(site):
+    page = (site / "03_posterior.html").read_text()
+    assert any("mathjax/tex-chtml.js" in address for address in Page(page).fetched)
+    assert len(list((site / "_static/mathjax/output/chtml/fonts/woff-v2").glob("*.woff"))) > 20
+
+
+# a small book with faults
+
+
+@pytest.fixture
+def book(tmp_path):
+    "Call it with the text and the HTML output of its one notebook: (did the build succeed, what was said)."
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for name in ("CONTRIBUTING.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "diffusion_nb").mkdir()
+    (tmp_path / "diffusion_nb/a.py").write_text('# from 01_a.ipynb\ndef f():\n    "One. (X-1)"\n')
+    (tmp_path / "claims.toml").write_text(
+        '[[claim]]\nid = "X-1"\nsource = "here"\nstatement = "so"\nchecks = ["oracle"]\nnotebook = "02_b"\n'
+    )
+
+    def write(name, *cells):
+        about = {"kernelspec": {"name": "python3", "display_name": "python3"}}
+        nbformat.write(new_notebook(cells=cells, metadata=about), tmp_path / f"nbs/{name}.ipynb")
+
+    def make(text, html=""):
+        output = new_output("display_data", {"text/html": html})
+        write("index", new_markdown_cell("# Start\n\n[first](01_a.ipynb), [how](../CONTRIBUTING.md)"))
+        write("ledger", new_markdown_cell("# The ledger"))
+        write(
+            "01_a",
+            new_markdown_cell(f"# One\n\n{text}\n\n## A: the part's name"),
+            new_code_cell("1", outputs=[output]),
+        )
+        done = build(tmp_path, tmp_path / "_site")
+        return done.returncode == 0, done.stdout + done.stderr
+
+    return make
+
+
+def test_a_sound_book_builds(book):
+    text = "[start](index.ipynb), [here](#A:-the-part's-name), [there](01_a.ipynb#A:-the-part's-name), $x_t$, [settings](../settings.ini)"
+    good, said = book(text, '<img src="data:image/png;base64,iVBORw0KGgo=">')
+    assert good, said
+
+
+def test_faults_are_named(book):
+    text = "[page](07_gone.ipynb), [heading](index.ipynb#gone), {ref}`gone`, ![picture](gone.png), <a href='missing.html'>raw</a>"
+    good, said = book(text, '<script src="https://cdn.example.org/x.js"></script><img src="//example.org/y.png">')
+    assert not good
+    for fault in ("07_gone.ipynb", "'gone'", "undefined label: 'gone'", "image file not readable: gone.png",
+                  "links to missing.html, which is not there", "fetches https://cdn.example.org/x.js",
+                  "fetches //example.org/y.png"):  # fmt: skip
+        assert fault in said, (fault, said)
+
+
+@pytest.mark.parametrize("html, fault", [
+    ('<a href="b.html">', None),
+    ('<a href="b.html#here">', None),
+    ('<a href="https://example.org/#x">', None),
+    ('<a href="b.html#gone">', "a.html links to b.html#gone, which is not there"),
+    ('<a href="#gone">', "a.html links to #gone, which is not there"),
+    ('<a href="c.html">', "a.html links to c.html, which is not there"),
+    ('<iframe src="http://example.org">', "a.html fetches http://example.org"),
+    ('<link href="https://example.org/f.css" rel="stylesheet">', "a.html fetches https://example.org/f.css"),
+    ('<style>@import "https://example.org/f.css"</style>', "a.html fetches https://example.org/f.css"),
+])  # fmt: skip
+def test_links_are_checked(tmp_path, html, fault):
+    (tmp_path / "a.html").write_text(html)
+    (tmp_path / "b.html").write_text('<p id="here">')
+    assert list(broken(tmp_path)) == ([fault] if fault else [])
+
+
+def test_fonts_are_checked(tmp_path):
+    (tmp_path / "a.css").write_text('@font-face { src: url("https://example.org/f.woff") }')
+    assert list(broken(tmp_path)) == ["a.css fetches https://example.org/f.woff"]

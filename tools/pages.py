@@ -1,0 +1,262 @@
+"""Write the book as web pages, from the notebooks as they are stored: nothing is run, and a reader needs no network."""
+
+import argparse
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+from docutils.nodes import make_id
+from readme import readable
+
+from diffusion_nb.ledger import Ledger, cells_of, cites, errata_in, ledger
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# the notebooks
+
+
+def repository(root: Path) -> str:
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+
+
+def run_it(root: Path, stem: str) -> str:
+    "Where a reader can run this notebook."
+    project = repository(root).removeprefix("https://github.com/")
+    colab = f"https://colab.research.google.com/github/{project}/blob/main/nbs/{stem}.ipynb"
+    binder = f"https://mybinder.org/v2/gh/{project}/main?labpath=nbs/{stem}.ipynb"
+    links = f'<a href="{colab}">Colab</a> · <a href="{binder}">Binder</a> · <a href="running.html">locally</a>'
+    return f'<p class="run-it">Run it: {links}</p>'
+
+
+def links(root: Path, text: str) -> str:
+    "Links in Markdown, as they hold among the pages: ../X is a page, or else in the repository; headings are named as MyST does."
+
+    def above(match):
+        return f"]({match[1]}" if match[1] == "CONTRIBUTING.md" else f"]({repository(root)}/blob/main/{match[1]}"
+
+    def heading(match):
+        return match[1] + re.sub(r"[^\w-]", "", match[2].lower())
+
+    text = re.sub(r"\]\(\.\./([^)\s]+)", above, text)
+    return re.sub(r"(\]\((?:\w+\.ipynb)?#)([^)\s]+)", heading, text)
+
+
+def notebook(root: Path, stem: str) -> nbformat.NotebookNode:
+    "The notebook as it is shown: no machinery; what goes into the library is tagged."
+    nb = nbformat.read(root / f"nbs/{stem}.ipynb", as_version=4)
+    nb.metadata = {"kernelspec": nb.metadata.kernelspec, "language_info": {"name": "python"}}
+    nb.cells = [cell for cell in nb.cells if not cell.source.startswith("#| default_exp")]
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = links(root, cell.source)
+        else:
+            cell.metadata.tags = cell.metadata.get("tags", []) + ["export"] * cell.source.startswith("#| export")
+            cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
+            cell.outputs = [output for output in cell.outputs if readable(output)]
+    heading, _, rest = nb.cells[0].source.partition("\n")
+    nb.cells[0].source = f"{heading}\n\n{run_it(root, stem)}\n{rest}"
+    return nb
+
+
+def title(nb) -> str:
+    return nb.cells[0].source.partition("\n")[0].lstrip("# ")
+
+
+def raw(html: str) -> str:
+    "HTML in Markdown, its formulas marked for MathJax."
+    html = re.sub(r"\$([^$\n]+)\$", r'<span class="math">\\(\1\\)</span>', html)
+    return f"```{{raw}} html\n{html}\n```"
+
+
+def contents(caption: str, pages: list[str]) -> str:
+    return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""])
+
+
+# the ledger
+
+
+def place(stem: str, heading: str) -> str:
+    "The address of a heading."
+    return f"{stem}.html#{make_id(heading)}"
+
+
+def ledger_parts(root: Path, rows: Ledger, modules: list[str]) -> str:
+    "The whole ledger and the errata, which stand above the notebook that makes them."
+
+    def code(name):
+        return f"api/{max((m for m in modules if name.startswith(f'diffusion_nb.{m}.')), key=len)}.html#{name}"
+
+    errata = (
+        f'<li><a href="{place("errata", erratum.heading)}">{escape(id)}</a> {escape(erratum.says)}'
+        for id, erratum in errata_in(cells_of(root, "errata"))
+    )
+    shown = sum(bool(row.claim) for row in rows)
+    return "\n\n".join([
+        "## Every statement",
+        f"{len(rows)} statements: {shown} shown, {sum(not row.written for row in rows)} planned. The strongest evidence is in bold.",
+        raw(rows.html(place, code)),
+        "## Errata",
+        raw(f"<ul>{' '.join(errata)}</ul>"),
+    ])  # fmt: skip
+
+
+# the library
+
+
+def prose(docstring: str, rows: Ledger) -> str:
+    "A docstring in HTML, its ids linked to the ledger."
+
+    def to_ledger(match):
+        row = next((row.id for row in rows if cites(match[0], row.id)), None)
+        return f'<a href="../ledger.html#{row}">{match[0]}</a>' if row else match[0]
+
+    text = re.sub(r"^(\w+)\n-+$", r"<b>\1</b>\n", escape(docstring, quote=False), flags=re.MULTILINE)
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    text = re.sub(r"\*\*([a-z ]+)\*\*", r"<b>\1</b>", text)
+    text = re.sub(r"\b[A-Z]{3,4}-\w+(?:[/.-]+\w+)*", to_ledger, text)
+    text = re.sub(r"\n(?=[\w, ]+: |Raises )", "<br>", text)
+    return "".join(f"<p>{paragraph}</p>" for paragraph in text.split("\n\n"))
+
+
+def signature(lines: list[str], node) -> list[str]:
+    "The source of a function or a class up to its docstring; of a class also its fields and methods."
+    start = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+    head = [line.replace("  # fmt: skip", "") for line in lines[start : max(node.body[0].lineno - 1, node.lineno)]]
+    for child in node.body if isinstance(node, ast.ClassDef) else ():
+        if isinstance(child, ast.AnnAssign):
+            head.append(lines[child.lineno - 1])
+        elif isinstance(child, ast.FunctionDef) and (
+            child.name[0] != "_" or child.name in ("__init__", "__call__")
+        ):
+            head += signature(lines, child)
+    return head
+
+
+def entries(lines: list[str], parent, name: str, rows: Ledger) -> Iterator[str]:
+    "The Markdown of each public function and class in a module, or of each documented method of a class."
+    for node in parent.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+            full, docstring = f"{name}.{node.name}", ast.get_docstring(node) or ""
+            if docstring or isinstance(parent, ast.Module):
+                level = "##" if isinstance(parent, ast.Module) else "###"
+                code = textwrap.dedent("\n".join(signature(lines, node)))
+                text = raw(f'<div id="{full}">{prose(docstring, rows)}</div>')
+                yield f"{level} {node.name}\n\n```python\n{code}\n```\n\n{text}"
+            if isinstance(node, ast.ClassDef):
+                yield from entries(lines, node, full, rows)
+
+
+def library(root: Path) -> dict[str, tuple[str, str]]:
+    "{module: (the notebook it comes from, its source)}, in the order of the book."
+    found = {}
+    for path in (root / "diffusion_nb").rglob("[!_]*.py"):
+        name = ".".join(path.relative_to(root / "diffusion_nb").with_suffix("").parts)
+        source = path.read_text()
+        found[name] = re.search(r"(\w+)\.ipynb", source)[1], source
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def api_page(name: str, stem: str, heading: str, source: str, rows: Ledger) -> str:
+    top = f"# {name}\n\n`diffusion_nb.{name}` comes from [{heading}](../{stem}.ipynb).\n\n"
+    return top + "\n\n".join(entries(source.splitlines(), ast.parse(source), f"diffusion_nb.{name}", rows)) + "\n"
+
+
+# the pages
+
+
+def prepare(root: Path, src: Path) -> None:
+    "Fill the folder `src` with what Sphinx reads."
+    shutil.copytree(root / "docs", src, dirs_exist_ok=True, ignore=shutil.ignore_patterns("readme", "_build"))
+    shutil.copy(root / "CONTRIBUTING.md", src)
+    (src / "running.md").write_text((root / "docs/running.md").read_text().replace("REPOSITORY", repository(root)))
+    book = {path.stem: notebook(root, path.stem) for path in sorted((root / "nbs").glob("*.ipynb"))}
+    rows, modules = ledger(root), library(root)
+    numbered = [stem for stem in book if stem[0].isdigit()]
+    more = [stem for stem in book if stem not in (*numbered, "index", "ledger")]
+    toctrees = [contents("The book", numbered), contents("Beside it", ["ledger", *more, "running", "CONTRIBUTING"]),
+                contents("The library", [f"api/{name}" for name in modules])]  # fmt: skip
+    book["index"].cells.append(nbformat.v4.new_markdown_cell("\n".join(toctrees)))
+    book["ledger"].cells.insert(1, nbformat.v4.new_markdown_cell(ledger_parts(root, rows, list(modules))))
+    for stem, nb in book.items():
+        nbformat.write(nb, src / f"{stem}.ipynb")
+    (src / "api").mkdir()
+    for name, (stem, source) in modules.items():
+        (src / f"api/{name}.md").write_text(api_page(name, stem, title(book[stem]), source, rows))
+
+
+class Page(HTMLParser):
+    "What a page offers to link to, what it links to, and what it fetches."
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.ids, self.links, self.fetched = set(), set(), set()
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids |= {attrs.get("id"), attrs.get("name")}
+        (self.links if tag == "a" else self.fetched).update(
+            v for k in ("href", "src", "data", "poster") if (v := attrs.get(k))
+        )
+
+
+def problem(address: str, path: Path, pages: dict[Path, Page]) -> str | None:
+    "What is wrong with an address on the page at `path`, if anything."
+    url, fetched = urlsplit(address), address in pages[path].fetched
+    if url.scheme or url.netloc:
+        return f"{path.name} fetches {address}" if fetched and url.scheme != "data" else None
+    target = (path.parent / unquote(url.path)).resolve() if url.path else path
+    there = target.exists() and (target not in pages or unquote(url.fragment) in {"", *pages[target].ids})
+    return None if there else f"{path.name} links to {address}, which is not there"
+
+
+def broken(out: Path) -> Iterator[str]:
+    "Each link to what is not there, and each thing that a page would fetch from elsewhere."
+    pages = {path.resolve(): Page(path.read_text()) for path in sorted(out.rglob("*.html"))}
+    for path, page in pages.items():
+        yield from filter(None, (problem(address, path, pages) for address in sorted(page.fetched | page.links)))
+    for path in sorted([*pages, *out.rglob("*.css")]):
+        styles = re.findall(r"(?s)<style.*?</style>", path.read_text()) if path in pages else [path.read_text()]
+        for url in re.findall(r"(?:url\(|@import)\s*['\"]?((?:https?:)?//[^'\")]*)", "".join(styles)):
+            yield f"{path.name} fetches {url}"
+
+
+def build(root: Path, out: Path) -> int:
+    "Write the pages of the project at `root`; 1 if Sphinx warned or a link is broken."
+    with tempfile.TemporaryDirectory() as folder:
+        src, html = Path(folder) / "src", Path(folder) / "html"
+        prepare(root, src)
+        failed = subprocess.run([sys.executable, "-m", "sphinx", "-qEnW", "--keep-going", src, html]).returncode
+        problems = list(broken(html))
+        if (out / "searchindex.js").exists():  # made here before
+            shutil.rmtree(out)
+        shutil.copytree(html, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".doctrees", ".buildinfo"))
+    print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
+    return int(bool(failed or problems))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the project (default: this one)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: _site)")
+    args = parser.parse_args()
+    out = args.out or args.root / "_site"
+    status = build(args.root.resolve(), out.resolve())
+    print(f"open {out / 'index.html'}" if not status else "the pages have broken parts, see above")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
