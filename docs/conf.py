@@ -25,7 +25,6 @@ pygments_style, pygments_dark_style = "friendly", "monokai"
 
 # MathJax and its fonts lie beside the pages: nothing is fetched.
 mathjax_path = "mathjax/tex-chtml.js"
-html_assets_policy = "always"  # the ledger's formulas are not Sphinx's
 mathjax3_config = {"options": {"enableMenu": False}}
 
 
@@ -38,4 +37,5 @@ def add_mathjax(app, problem):
 
 
 def setup(app):
+    app.set_html_assets_policy("always")  # MathJax on every page: Sphinx does not know of the ledger's formulas
     app.connect("build-finished", add_mathjax)

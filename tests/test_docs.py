@@ -62,8 +62,8 @@ def test_signatures_are_readable_and_ids_lead_to_the_ledger(site):
 
 
 def test_formulas_are_drawn_by_what_lies_beside_the_pages(site):
-    page = (site / "03_posterior.html").read_text()
-    assert any("mathjax/tex-chtml.js" in address for address in Page(page).fetched)
+    for name in ("03_posterior", "ledger"):
+        assert "_static/mathjax/tex-chtml.js" in Page((site / f"{name}.html").read_text()).fetched
     assert len(list((site / "_static/mathjax/output/chtml/fonts/woff-v2").glob("*.woff"))) > 20
 
 
