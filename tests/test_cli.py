@@ -4,8 +4,14 @@ import json
 
 import nbformat
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from diffusion_nb import cli
 from diffusion_nb.cli import main
+from diffusion_nb.data import GaussianMixture
+from diffusion_nb.denoiser import GMMDenoiser
+from diffusion_nb.forward import CosineSchedule
 
 
 @pytest.fixture
@@ -84,3 +90,13 @@ def test_what_was_run_is_written_down(tmp_path):
     about = json.loads((tmp_path / "run.json").read_text())
     assert (about["n"], about["steps"], about["seed"], about["label"], about["sampler"]) == (3, 2, 5, 7, "ddpm")
     assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_pictures_do_not_depend_on_the_batch(tmp_path, monkeypatch):
+    exact = GMMDenoiser(GaussianMixture([1.0], torch.zeros(1, 64), torch.eye(64)[None]), CosineSchedule())
+    monkeypatch.setattr(cli, "load_model", lambda folder: (exact, {"classes": 0}, (1, 8, 8)))
+    for batch in ("2", "4"):
+        words = ["--n", "4", "--steps", "2", "--batch", batch, "--device", "cpu", "--out", str(tmp_path / batch)]
+        assert main(["sample", *words]) == 0
+    parted, whole = (load_file(tmp_path / batch / "samples.safetensors")["x"] for batch in ("2", "4"))
+    torch.testing.assert_close(parted, whole)

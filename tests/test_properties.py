@@ -6,9 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from diffusion_nb.core import GAMMA, Noise
-from diffusion_nb.denoiser import Pred, predict_eps, predict_score, predict_v, predict_x0
+from diffusion_nb.data import GaussianMixture, random_mixture
+from diffusion_nb.denoiser import (
+    Clip,
+    GMMDenoiser,
+    NetDenoiser,
+    Pred,
+    predict_eps,
+    predict_score,
+    predict_v,
+    predict_x0,
+)
 from diffusion_nb.forward import (
     CosineSchedule,
     DDPMSchedule,
@@ -20,6 +31,7 @@ from diffusion_nb.forward import (
     transition,
 )
 from diffusion_nb.posterior import posterior_steps, q_posterior
+from diffusion_nb.samplers.ddpm import ddpm, time_grid
 
 settings.register_profile("book", derandomize=True, deadline=None, database=None, max_examples=100)
 settings.load_profile("book")
@@ -129,6 +141,11 @@ def test_ddpm_chain_at_its_own_times(i):
         torch.testing.assert_close(sigma**2, 1 - abar, rtol=0, atol=1e-13)  # 1 - ᾱ loses what sigma keeps
 
 
+def test_little_noise_keeps_its_digits():
+    _, sigma = DDPMSchedule([1e-9, 0.5])(F(0.5))
+    torch.testing.assert_close(sigma**2, F(1e-9), rtol=1e-14, atol=0)
+
+
 # q(x_t | x_s) and q(x_s | x_t, x_0)
 
 three_times = st.lists(ticks, min_size=3, max_size=3, unique=True).map(lambda ks: F(sorted(ks)) / N)
@@ -227,6 +244,60 @@ def test_the_row_undoes_the_reading(alpha, sigma, x0, other):
         a, b = c_skip * x_t, c_out * getattr(pred, name)
         tol = 1e-14 * float(a.abs() + b.abs() + x0.abs() + x_t.abs() / alpha) + 1e-300
         torch.testing.assert_close(a + b, x0, rtol=0, atol=tol)
+
+
+# mixtures and denoisers, in three dimensions: the axes of a 2×2 covariance may come out as a symmetric matrix
+
+SOLID = random_mixture(k=3, d=3)
+NOISE = Noise(range(50), (3,), dtype=torch.float64)
+POINTS = NOISE(0)
+
+
+def in_torch(mixture: GaussianMixture) -> MixtureSameFamily:
+    return MixtureSameFamily(Categorical(mixture.weights), MultivariateNormal(mixture.means, mixture.covs))
+
+
+def test_density_of_a_mixture():
+    torch.testing.assert_close(SOLID.log_prob(POINTS), in_torch(SOLID).log_prob(POINTS))
+
+
+def test_exact_denoiser_has_the_score_of_the_noised_mixture():
+    t, x = F(0.4), POINTS.clone().requires_grad_()
+    best = GMMDenoiser(SOLID, VPSchedule())
+    alpha, sigma = best.schedule(t)
+    covs = alpha**2 * SOLID.covs + sigma**2 * torch.eye(3)
+    log_prob = in_torch(GaussianMixture(SOLID.weights, alpha * SOLID.means, covs)).log_prob(x)
+    torch.testing.assert_close(best.log_prob(POINTS, t), log_prob)
+    torch.testing.assert_close(best(POINTS, t).score, torch.autograd.grad(log_prob.sum(), x)[0])
+
+
+def test_clip_holds_guesses_on_both_sides_and_passes_labels_on():
+    best, t, y = GMMDenoiser(SOLID, VPSchedule()), F(0.1), torch.arange(50) % 4
+    free = best(POINTS, t, y=y).x0
+    held = Clip(best, -0.5, 0.5)(POINTS, t, y=y).x0
+    assert free.min() < -0.5 and free.max() > 0.5
+    assert torch.equal(held, free.clamp(-0.5, 0.5))
+
+
+def test_network_sees_its_input_scaled():
+    scaled = NetDenoiser(lambda x, time: x, EDMSchedule(), predict_x0, c_in=lambda alpha, sigma: 1 / sigma)
+    torch.testing.assert_close(scaled(POINTS, F(0.5)).x0, POINTS / scaled.schedule(F(0.5))[1])
+
+
+def test_the_last_step_adds_no_noise():
+    best, ts = GMMDenoiser(SOLID, EDMSchedule()), F([0.5, 0.0])
+    step = posterior_steps(best.schedule, ts[1], ts[0])
+    want = step.a * POINTS + step.b * best(POINTS, ts[0]).x0
+    torch.testing.assert_close(ddpm(best, POINTS, ts, noise=NOISE, var=lambda pred, step: step.large), want)
+
+
+def test_the_sampler_passes_labels_on():
+    alone = GaussianMixture([1.0], SOLID.means[1:2], SOLID.covs[1:2])
+    got, want = (
+        ddpm(GMMDenoiser(mixture, VPSchedule()), POINTS, time_grid(5), noise=NOISE, **cond)
+        for mixture, cond in ((SOLID, {"y": torch.ones(50).long()}), (alone, {}))
+    )
+    torch.testing.assert_close(got, want)
 
 
 # noise
