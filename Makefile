@@ -3,7 +3,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help run test lab docs export lint artifacts clean
+.PHONY: help run test mutations lab docs export lint artifacts clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -15,6 +15,9 @@ run: $(STAMP)  ## run the book from the first notebook to the last; ARGS='07_ddp
 
 test: $(STAMP)  ## check every notebook against its stored outputs, and the library
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+mutations: $(STAMP)  ## put bugs into a copy of the library, one at a time, and see that the tests notice; ARGS='posterior -j 4'
+	$(BIN)/python tests/mutations/run.py $(ARGS)
 
 lab: $(STAMP)  ## open the book in JupyterLab
 	$(BIN)/jupyter lab $(ARGS) nbs
