@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['DATA_SETS', 'JUDGE', 'Pictures', 'digits', 'to_bytes', 'picture_grid', 'show', 'mnist', 'fashion_mnist', 'cifar10',
-           'DataSet', 'two_moons', 'swiss_roll', 'GaussianMixture', 'ring_mixture', 'random_mixture', 'Judge', 'jiggle',
-           'train_judge', 'recognised', 'digit_judge', 'frechet_distance', 'nearest_distance']
+           'DataSet', 'data_set', 'two_moons', 'swiss_roll', 'GaussianMixture', 'ring_mixture', 'random_mixture',
+           'Judge', 'jiggle', 'train_judge', 'recognised', 'trained_judge', 'digit_judge', 'mnist_judge',
+           'frechet_distance', 'nearest_distance']
 
 # %% ../nbs/01_data.ipynb #e6ccbdf5
 import gzip
@@ -150,7 +151,7 @@ def cifar10() -> Pictures:
     x, x_test = (torch.from_numpy(p.data).permute(0, 3, 1, 2) / 127.5 - 1 for p in parts)
     return Pictures(x, torch.tensor(parts[0].targets), x_test, torch.tensor(parts[1].targets))
 
-# %% ../nbs/01_data.ipynb #158d6acf
+# %% ../nbs/01_data.ipynb #f8e0167c
 @dataclass(frozen=True)
 class DataSet:
     "What one should know of a data set before using it; `load()` returns its Pictures."
@@ -185,7 +186,15 @@ DATA_SETS = (
     DataSet("cifar10", cifar10, (3, 32, 32), (50000, 10000), 256, "none stated", "Krizhevsky, 2009", "CIFAR10"),
 )
 
-# %% ../nbs/01_data.ipynb #e066687f
+
+def data_set(name: str) -> DataSet:
+    "The data set of this name, or a ValueError that lists them."
+    found = [d for d in DATA_SETS if d.name == name]
+    if not found:
+        raise ValueError(f"no data set {name!r}; there are {', '.join(d.name for d in DATA_SETS)}")
+    return found[0]
+
+# %% ../nbs/01_data.ipynb #06967387
 def two_moons(n: int, seed: int = 0, noise: float = 0.05) -> Float[Tensor, "n 2"]:
     "Two interleaved half circles, centred, about unit scale."
     from sklearn.datasets import make_moons
@@ -255,11 +264,11 @@ def random_mixture(k: int = 3, d: int = 2, seed: int = 0) -> GaussianMixture:
     roots = roots.reshape(k, d, d) / 2
     return GaussianMixture(weights[:, 0].softmax(0), means, roots @ roots.mT + 0.05 * torch.eye(d))
 
-# %% ../nbs/01_data.ipynb #dd861888
+# %% ../nbs/01_data.ipynb #7a35aae3
 class Judge(nn.Module):
-    "A classifier of 8×8 digits: `judge(x)` gives logits (n, 10), `judge.features(x)` what they are read from, (n, 2·width)."
+    "A classifier of grey pictures, size × size: `judge(x)` gives logits (n, 10), `judge.features(x)` what they are read from, (n, 2·width)."
 
-    def __init__(self, width: int = 32):
+    def __init__(self, width: int = 32, size: int = 8):
         super().__init__()
         w = width
         self.body = nn.Sequential(
@@ -267,18 +276,18 @@ class Judge(nn.Module):
             nn.Conv2d(w, w, 3, padding=1), nn.BatchNorm2d(w), nn.SiLU(), nn.MaxPool2d(2),
             nn.Conv2d(w, 2 * w, 3, padding=1), nn.BatchNorm2d(2 * w), nn.SiLU(),
             nn.Conv2d(2 * w, 2 * w, 3, padding=1), nn.BatchNorm2d(2 * w), nn.SiLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(8 * w, 2 * w), nn.SiLU(),
+            nn.Flatten(), nn.Linear(2 * w * (size // 4) ** 2, 2 * w), nn.SiLU(),
         )  # fmt: skip
         self.head = nn.Linear(2 * w, 10)
 
-    def features(self, x: Float[Tensor, "n 1 8 8"]) -> Float[Tensor, "n f"]:
+    def features(self, x: Float[Tensor, "n 1 s s"]) -> Float[Tensor, "n f"]:
         return self.body(x)
 
-    def forward(self, x: Float[Tensor, "n 1 8 8"]) -> Float[Tensor, "n 10"]:
+    def forward(self, x: Float[Tensor, "n 1 s s"]) -> Float[Tensor, "n 10"]:
         return self.head(self.features(x))
 
 
-def jiggle(x: Float[Tensor, "n 1 8 8"], g: torch.Generator) -> Float[Tensor, "n 1 8 8"]:
+def jiggle(x: Float[Tensor, "n 1 s s"], g: torch.Generator) -> Float[Tensor, "n 1 s s"]:
     "Each picture turned, scaled and moved a little, at random."
     angle, size, dx, dy = torch.randn(4, len(x), generator=g).mul(torch.tensor([0.12, 0.06, 0.08, 0.08])[:, None])
     rows = [angle.cos() + size, -angle.sin(), dx, angle.sin(), angle.cos() + size, dy]
@@ -286,12 +295,12 @@ def jiggle(x: Float[Tensor, "n 1 8 8"], g: torch.Generator) -> Float[Tensor, "n 
     return F.grid_sample(x + 1, where, align_corners=False) - 1
 
 
-def train_judge(width: int, steps: int, batch: int, lr: float, seed: int) -> tuple[dict, dict]:
-    "The judge's weights and its accuracy on held-out digits."
-    data, g = digits(), torch.Generator().manual_seed(seed)
+def train_judge(data: str, width: int, steps: int, batch: int, lr: float, seed: int) -> tuple[dict, dict]:
+    "The weights of a judge of this data set, and its accuracy on what was held out."
+    data, g = data_set(data).load(), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge(width)
+        judge = Judge(width, data.x.shape[-1])
     optimizer = torch.optim.AdamW(judge.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for _ in tqdm(range(steps), desc="training the judge", leave=False):
@@ -302,25 +311,35 @@ def train_judge(width: int, steps: int, batch: int, lr: float, seed: int) -> tup
         optimizer.step()
         schedule.step()
     accuracy = recognised(judge.eval(), data.x_test, data.y_test)
-    return judge.state_dict(), {"accuracy on 300 held-out digits": round(accuracy, 4)}
+    return judge.state_dict(), {f"accuracy on {len(data.x_test)} held-out pictures": round(accuracy, 4)}
 
 
 @torch.no_grad()
-def recognised(judge: Judge, x: Float[Tensor, "n 1 8 8"], y: Int[Tensor, " n"]) -> float:
+def recognised(judge: Judge, x: Float[Tensor, "n 1 s s"], y: Int[Tensor, " n"]) -> float:
     "The share of pictures that the judge takes for what they are meant to be."
     return (judge(x).argmax(1) == y).float().mean().item()
 
 
-JUDGE = dict(width=int, steps=int, batch=int, lr=float, seed=int)
+JUDGE = dict(data=str, width=int, steps=int, batch=int, lr=float, seed=int)
+
+
+def trained_judge(name: str, section: str) -> Judge:
+    "The judge that the artifact `name` keeps, in eval mode; its recipe is in settings.ini under [section]."
+    recipe = vars(settings(section, **JUDGE))
+    weights, _ = artifact(name, train_judge, recipe)
+    judge = Judge(recipe["width"], data_set(recipe["data"]).shape[-1])
+    judge.load_state_dict(weights)
+    return judge.eval().requires_grad_(False)
 
 
 def digit_judge() -> Judge:
-    "The trained judge, in eval mode (artifact `digit_judge`, recipe in settings.ini under [01_data])."
-    recipe = vars(settings("01_data", **JUDGE))
-    weights, _ = artifact("digit_judge", train_judge, recipe)
-    judge = Judge(recipe["width"])
-    judge.load_state_dict(weights)
-    return judge.eval().requires_grad_(False)
+    "The judge of 8×8 digits (artifact `digit_judge`, recipe in settings.ini under [01_data])."
+    return trained_judge("digit_judge", "01_data")
+
+
+def mnist_judge() -> Judge:
+    "The judge of MNIST's 28×28 digits (artifact `mnist_judge`, [judge.mnist]); its weights come with the book, only training it anew needs MNIST."
+    return trained_judge("mnist_judge", "judge.mnist")
 
 # %% ../nbs/01_data.ipynb #b77e44ac
 def frechet_distance(a: Float[Tensor, "n f"], b: Float[Tensor, "m f"]) -> float:

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'TARGETS', 'RECIPE', 'warmup_cosine', 'warmup_constant', 'continuous_times', 'chain_times',
-           'deferred_interrupt', 'Trainer', 'flip_half', 'data_set', 'recipe', 'recipe_denoiser', 'recipe_trainer',
-           'judge_digits', 'animate', 'train_digits', 'digit_denoiser']
+           'deferred_interrupt', 'Trainer', 'flip_half', 'recipe', 'recipe_denoiser', 'recipe_trainer', 'judge_digits',
+           'animate', 'train_digits', 'digit_denoiser']
 
-# %% ../nbs/07_ddpm.ipynb #2dcd6e72
+# %% ../nbs/07_ddpm.ipynb #74c82599
 import contextlib
 import copy
 import json
@@ -34,8 +34,8 @@ from diffusion_nb.core import (
     write_atomically,
 )
 from diffusion_nb.data import (
-    DATA_SETS,
     Pictures,
+    data_set,
     digit_judge,
     digits,
     frechet_distance,
@@ -90,7 +90,7 @@ def deferred_interrupt():
     finally:
         signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/07_ddpm.ipynb #bc5d3a44
+# %% ../nbs/07_ddpm.ipynb #01c344b0
 class Trainer:
     """Fits a denoiser to pictures: `Trainer(denoiser, x0, …).fit()` returns a copy with averaged weights. (DDPM-A1)
 
@@ -253,20 +253,12 @@ def flip_half(x: Float[Tensor, "b c h w"], u: Float[Tensor, " b"]) -> Float[Tens
     "Mirror the pictures whose u is below a half: DDPM's augmentation of CIFAR-10."
     return torch.where(u[:, None, None, None] < 0.5, x.flip(3), x)
 
-# %% ../nbs/07_ddpm.ipynb #bbf54ff2
+# %% ../nbs/07_ddpm.ipynb #54b8789b
 SCHEDULES = {"cosine": CosineSchedule, "linear": lambda: DDPMSchedule(linear_betas())}
 TARGETS = {
     "eps": (predict_eps, snr),
     "v": (predict_v, snr_plus_one),
 }  # what to predict, and the weight that makes it plain
-
-
-def data_set(name: str):
-    "The data set of this name, or a ValueError that lists them."
-    found = [d for d in DATA_SETS if d.name == name]
-    if not found:
-        raise ValueError(f"no data set {name!r}; there are {', '.join(d.name for d in DATA_SETS)}")
-    return found[0]
 
 
 RECIPE = dict(data=str, width=int, mults=ints, blocks=int, attention=ints, classes=int, dropout=float, patch=int,
@@ -300,7 +292,7 @@ def recipe_trainer(r: dict, pictures: Pictures, **options) -> Trainer:
                    betas=(0.9, r["beta2"]), seed=r["seed"], augment=flip_half if r["flip"] else None,
                    **(dict(cond={"y": pictures.y}, null=r["classes"]) if r["classes"] else {}), **options)  # fmt: skip
 
-# %% ../nbs/07_ddpm.ipynb #3c2a4410
+# %% ../nbs/07_ddpm.ipynb #b3fa306e
 @torch.no_grad()
 def judge_digits(
     denoiser: Denoiser, n: int = 900, steps: int = 250, seed: int = 1, var: Callable | None = None
@@ -323,11 +315,7 @@ def judge_digits(
         "nearest, relative to real": nearest_distance(x, data.x) / nearest_distance(data.x_test, data.x),
     }
 
-
-#
-# (The judge knows digits only; with another data set these cells are empty.)
-
-# %% ../nbs/07_ddpm.ipynb #a749e1dc
+# %% ../nbs/07_ddpm.ipynb #6fcc05ed
 def animate(
     frames: Sequence[Float[Tensor, "n c h w"]], columns: int = 0, scale: int = 6, milliseconds: int = 80
 ) -> bytes:
