@@ -35,8 +35,11 @@ from diffusion_nb.forward import (
     q_step,
     transition,
 )
+from diffusion_nb.likelihood import bits_per_dim
+from diffusion_nb.metrics import MetricCard, density_coverage, load_cards, precision_recall, save_cards
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.posterior import posterior_steps, q_posterior
+from diffusion_nb.samplers.ddpm import time_grid
 from diffusion_nb.training import Trainer, recipe
 
 nan, inf = float("nan"), float("inf")
@@ -563,3 +566,64 @@ def test_recipe_with_a_word_that_is_no_choice(monkeypatch):
     monkeypatch.setenv("DIFFUSION_NB_SET", "recipe.digits.schedule=sine")
     with refused("settings [recipe.digits]: schedule = 'sine' is not a valid choice of cosine, linear"):
         recipe("digits")
+
+
+# the bound and the metrics
+
+POINT = GMMDenoiser(GaussianMixture([1.0], torch.zeros(1, 2), torch.eye(2)[None]), CHAIN)
+levels = torch.arange(8).reshape(4, 2) / 8
+
+
+@pytest.mark.parametrize(
+    "x, says",
+    [
+        (levels + 0.01, "off that grid"),
+        (levels + 1, "got values from 1 to 1.875"),
+        (levels - 2, "got values from -2 to -1.125"),
+        (levels / 8, "of 17 grey levels"),
+        (levels * nan, "8 of its 8 values are NaN"),
+        (levels.long(), "expected pictures as floating-point numbers"),
+    ],
+)
+def test_pictures_that_are_not_of_these_levels(x, says):
+    with refused(says):
+        bits_per_dim(POINT, x, time_grid(3), levels=17)
+
+
+@pytest.mark.parametrize(
+    "ts", [time_grid(1), time_grid(3, end=0.1), time_grid(3, start=0.9), time_grid(3).flip(0), T([1, 0.5, 0.5, 0])]
+)
+def test_a_bound_along_times_that_are_not_from_1_to_0(ts):
+    with refused("expected times"):
+        bits_per_dim(POINT, levels, ts, levels=17)
+
+
+def test_a_bound_with_too_few_seeds_or_other_labels():
+    with refused("4 seeds; got", "and 3 seeds"):
+        bits_per_dim(POINT, levels, time_grid(3), levels=17, seeds=range(3))
+    with refused("y: expected labels from 0 to 0"):
+        bits_per_dim(POINT, levels, time_grid(3), levels=17, y=T([0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize("k", [0, -1, 4, 100])
+def test_more_neighbours_than_there_are(k):
+    for measure in (density_coverage, precision_recall):
+        with refused("k: expected a number of neighbours from 1 to 3, for 4 points", f"got {k}"):
+            measure(levels, levels, k)
+
+
+def test_features_that_are_not_finite():
+    for measure in (density_coverage, precision_recall):
+        with refused("real: 8 of its 8 values"):
+            measure(levels * nan, levels, 1)
+        with refused("fake: 1 of its 8 values"):
+            measure(levels, 1 / levels, 1)
+
+
+@pytest.mark.parametrize("text", ["", "[", "null", "3", "[1]", '[{"metric": "FID"}]', '[{"score": 1}]'])
+def test_damaged_cards(text, tmp_path):
+    path = tmp_path / "cards.json"
+    save_cards([MetricCard("FID", 1.0, 2, "a", "b")], path)
+    path.write_text(text)
+    with refused("cards.json holds no metric cards"):
+        load_cards(path)
