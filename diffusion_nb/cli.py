@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['chosen', 'execute', 'web_page', 'title', 'index_page', 'run', 'train', 'device_name', 'write_json', 'load_model',
-           'sample', 'data', 'artifacts', 'ledger', 'parser', 'main']
+           'sample', 'bits', 'data', 'artifacts', 'ledger', 'parser', 'main']
 
 # %% ../nbs/cli.ipynb #e95781a6
 import argparse
@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-# %% ../nbs/cli.ipynb #6867aaa0
+# %% ../nbs/cli.ipynb #e3d187f5
 def chosen(names: list[str], folder: Path) -> list[Path]:
-    "The numbered notebooks whose names begin with any of `names`, in order (all of them if there are none)."
-    book = sorted(folder.glob("[0-9]*.ipynb"))
+    "The notebooks whose names begin with any of `names` (all of them if there are none), the numbered ones first, in order."
+    book = sorted(folder.glob("*.ipynb"), key=lambda p: (not p.name[0].isdigit(), p.name))
     for name in names:
         if not any(p.name.startswith(name) for p in book):
             raise ValueError(f"no notebook {name!r}; there are {', '.join(p.stem for p in book)}")
@@ -121,13 +121,14 @@ def run(args) -> int:
     print(f"open {out / 'index.html'}")
     return 1 if failed else 0
 
-# %% ../nbs/cli.ipynb #958821f0
+# %% ../nbs/cli.ipynb #2aaaee0f
 def train(args) -> int:
     import torch
     from safetensors.torch import save_file
 
     from diffusion_nb.core import default_device, write_atomically
-    from diffusion_nb.training import data_set, recipe, recipe_trainer
+    from diffusion_nb.data import data_set
+    from diffusion_nb.training import recipe, recipe_trainer
 
     given = {k: v for k in ("steps", "batch", "lr", "width", "seed") if (v := getattr(args, k)) is not None}
     data, out = data_set(args.data), Path(args.out or f"runs/{args.data}")
@@ -138,7 +139,7 @@ def train(args) -> int:
     resumed, start = trainer.step, time.perf_counter()
     if resumed:
         print(f"going on from step {resumed} of {out / 'checkpoint.safetensors'}")
-    weights = trainer.fit().net.state_dict()
+    weights = trainer.fit(args.minutes).net.state_dict()
     seconds = time.perf_counter() - start
     write_atomically(
         out / "model.safetensors", lambda p: save_file({k: v.cpu().contiguous() for k, v in weights.items()}, p)
@@ -240,10 +241,46 @@ def sample(args) -> int:
     print(f"wrote {args.n} pictures: {out}/grid.png, samples.safetensors and run.json")
     return 0
 
-# %% ../nbs/cli.ipynb #8855c1e5
+# %% ../nbs/cli.ipynb #b84429f0
+def bits(args) -> int:
+    import torch
+
+    from diffusion_nb.core import default_device
+    from diffusion_nb.data import data_set
+    from diffusion_nb.denoiser import Clip
+    from diffusion_nb.elbo import large, small
+    from diffusion_nb.likelihood import bits_per_dim, fitted, stop_early
+
+    device = torch.device(args.device) if args.device else default_device()
+    model, r, _ = load_model(args.model)
+    model, data, start = Clip(model).to(device), data_set(r["data"]), time.perf_counter()
+    pictures = data.load()
+
+    def measure(x, y, **variances):
+        x, y, count = x[: args.n].to(device), y[: args.n].to(device), min(args.n, len(x))
+        print(f"{count} pictures, {args.steps} steps each")
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            return bits_per_dim(model, x, stop_early(args.steps, args.end), levels=data.levels, batch=args.batch,
+                                **variances, **({"y": y} if r["classes"] else {}))  # fmt: skip
+
+    var = {"var": {"small": small, "large": large}.get(args.variance, large)}
+    if args.variance == "fitted":
+        best = fitted(measure(pictures.x, pictures.y, **var))
+        var = {"var": best, "decoder_var": best}
+    result = measure(pictures.x_test, pictures.y_test, **var)
+    about = {k: v for k, v in vars(args).items() if k != "command"} | dict(
+        bits_per_dim=result.total.mean().item(), two_standard_errors=2 * result.total.std().item() / len(result.total) ** 0.5,
+        prior=result.prior.mean().item(), steps_cost=result.steps.sum(1).mean().item(), decoder=result.decoder.mean().item(),
+        rmse_of_255=127.5 * result.mse[:, -1].mean().sqrt().item(), pictures=len(result.total), held_out_of=data.name, levels=data.levels,
+        seconds=round(time.perf_counter() - start, 1), device=device_name(device), torch=torch.__version__, recipe=r)  # fmt: skip
+    out = Path(args.out or (Path(args.model) / "bits.json" if args.model != "digits" else "runs/bits.json"))
+    write_json(out, about)
+    print(f"{result}\nwrote {out}")
+    return 0
+
+# %% ../nbs/cli.ipynb #befc2363
 def data(args) -> int:
-    from diffusion_nb.data import DATA_SETS
-    from diffusion_nb.training import data_set
+    from diffusion_nb.data import DATA_SETS, data_set
 
     for d in [data_set(name) for name in args.names]:
         x = d.load()
@@ -262,15 +299,22 @@ def artifacts(args) -> int:
     import torch
 
     from diffusion_nb.core import artifact, project_root, settings
-    from diffusion_nb.data import JUDGE, train_judge
+    from diffusion_nb.data import JUDGE, data_set, train_judge
+    from diffusion_nb.metrics import ABLATION, run_ablation
     from diffusion_nb.training import recipe, train_digits
 
     torch.set_num_threads(1)  # sums in one order: the same weights every time on one machine
     recipes = {
         "digit_judge": (train_judge, vars(settings("01_data", **JUDGE))),
+        "mnist_judge": (train_judge, vars(settings("judge.mnist", **JUDGE))),
         "digit_denoiser": (train_digits, recipe("digits")),
+        "ablation": (run_ablation, vars(settings("ablation", **ABLATION))),
     }
     for name, (make, r) in recipes.items():
+        source = r.get("data", "digits")
+        if data_set(source).state() not in ("built in", "verified"):
+            print(f"{name}: left as it is, for {source} is not here (diffusion-nb data {source} fetches it)")
+            continue
         path = project_root() / "data" / "artifacts" / f"{name}.json"
         old = json.loads(path.read_text())["metrics"] if path.exists() else {}
         _, card = artifact(name, make, r, fresh=True)
@@ -294,12 +338,12 @@ def ledger(args) -> int:
     print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
     return 1 if missing else 0
 
-# %% ../nbs/cli.ipynb #36ab86ca
+# %% ../nbs/cli.ipynb #b2e6c001
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="diffusion-nb", description="Diffusion models: run the book, train, draw.",
                                 epilog="Start with `diffusion-nb run`, or draw digits at once with `diffusion-nb sample`.")  # fmt: skip
     commands = p.add_subparsers(
-        dest="command", required=True, metavar="run | train | sample | data | artifacts | ledger"
+        dest="command", required=True, metavar="run | train | sample | bits | data | artifacts | ledger"
     )
 
     def command(function, help, **options):
@@ -329,6 +373,7 @@ def parser() -> argparse.ArgumentParser:
             steps=("training steps (default: the recipe's)", int), batch=("pictures a step (default: the recipe's)", int),
             lr=("peak learning rate (default: the recipe's)", float), width=("channels of the U-Net (default: the recipe's)", int),
             seed=("of everything (default: the recipe's)", int), every=("steps between checkpoints", 1000),
+            minutes=("stop after so many minutes; the same command goes on from there", float),
             bf16=("bfloat16 autocast, for GPUs", bool), compile=("torch.compile the network, for GPUs", bool),
             device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
     c = command(sample, "draw pictures with a trained model: a PNG, the numbers, and a record of how",
@@ -344,6 +389,17 @@ def parser() -> argparse.ArgumentParser:
         choices=["small", "large"],
         default="small",
         help="of an ancestral step: DDPM's β̃ or β (default: small)",
+    )
+    c = command(bits, "bits a coordinate of held-out pictures by the variational bound, with its terms and error, as a JSON record",
+                model=("a folder written by train, or digits: the model that comes with the book", "digits"),
+                n=("how many held-out pictures", 256), steps=("of the chain", 1000), end=("time at which the decoder takes over; 0: after the last of equal steps", 0.0),
+                batch=("at a time; does not change the result", 256), bf16=("bfloat16 autocast, for GPUs", bool),
+                out=("file to write (default: bits.json beside the model)", str), device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
+    c.add_argument(
+        "--variance",
+        choices=["small", "large", "fitted"],
+        default="large",
+        help="of the steps: DDPM's β̃ or β, or the best, fitted on as many training pictures (default: large)",
     )
     c = command(data, "list the data sets with size, state and licence; with names, fetch and verify them")
     c.add_argument("names", nargs="*", metavar="NAME", help="digits, mnist, fashion-mnist or cifar10")

@@ -21,7 +21,7 @@ def gaussian_kl(mean1: Tensor, var1: Tensor, mean2: Tensor, var2: Tensor) -> Ten
     ratio = var1 / var2
     return 0.5 * (ratio - 1 - ratio.log() + (mean1 - mean2) ** 2 / var2)
 
-# %% ../nbs/05_elbo.ipynb #dfb1b585
+# %% ../nbs/05_elbo.ipynb #64aaeb27
 def small(pred: Pred, step: Step) -> Tensor:
     "The variance of q(x_s | x_t, x0), DDPM's β̃: right for data that are a single point. (DDPM-s1)"
     return step.small
@@ -58,7 +58,7 @@ def step_kl(denoiser: Denoiser, x0: Float[Tensor, "b *d"], s: Float[Tensor, "*b"
 
     Parameters
     ----------
-    s, t: times, 0 < s < t ≤ 1, one for all samples or one for each; where s = 0 and sigma(0) = 0 the term is infinite (it is L_0's place).
+    s, t: times, 0 < s < t ≤ 1, one for all samples or one for each; where s = 0 and sigma(0) = 0 the posterior has no variance and the term no value (it is L_0's place).
     var: (pred, step) ↦ the variance of the model's step: `small`, `large`, or a function of your own.
     Raises ValueError for times out of order and for shapes that do not fit.
     """

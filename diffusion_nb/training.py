@@ -5,13 +5,14 @@ __all__ = ['SCHEDULES', 'TARGETS', 'RECIPE', 'warmup_cosine', 'warmup_constant',
            'deferred_interrupt', 'Trainer', 'flip_half', 'recipe', 'recipe_denoiser', 'recipe_trainer', 'judge_digits',
            'animate', 'train_digits', 'digit_denoiser']
 
-# %% ../nbs/07_ddpm.ipynb #74c82599
+# %% ../nbs/07_ddpm.ipynb #749f5863
 import contextlib
 import copy
 import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -90,7 +91,7 @@ def deferred_interrupt():
     finally:
         signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/07_ddpm.ipynb #01c344b0
+# %% ../nbs/07_ddpm.ipynb #23d23be2
 class Trainer:
     """Fits a denoiser to pictures: `Trainer(denoiser, x0, …).fit()` returns a copy with averaged weights. (DDPM-A1)
 
@@ -170,15 +171,16 @@ class Trainer:
         self.step += 1
         return loss.detach()
 
-    def fit(self) -> Denoiser:
-        "Train to the last step, with a progress bar; returns the denoiser with averaged weights."
+    def fit(self, minutes: float | None = None) -> Denoiser:
+        "Train to the last step, or for so many minutes, with a progress bar; returns the denoiser with averaged weights."
+        end = time.monotonic() + 60 * minutes if minutes else math.inf
         recent, on = [], [self.device] if self.device.type == "cuda" else []
         with (
             torch.random.fork_rng(on),
             deferred_interrupt() as stop,
             tqdm(total=self.steps, initial=self.step, desc="training") as bar,
         ):
-            while self.step < self.steps and not stop.is_set():
+            while self.step < self.steps and time.monotonic() < end and not stop.is_set():
                 recent.append(self.train_step())
                 bar.update()
                 if self.step % 50 == 0 or self.step == self.steps:
