@@ -121,7 +121,7 @@ def run(args) -> int:
     print(f"open {out / 'index.html'}")
     return 1 if failed else 0
 
-# %% ../nbs/cli.ipynb #2aaaee0f
+# %% ../nbs/cli.ipynb #adba425b
 def train(args) -> int:
     import torch
     from safetensors.torch import save_file
@@ -147,6 +147,8 @@ def train(args) -> int:
     about = dict(recipe=r, shape=data.shape, levels=data.levels, steps_here=trainer.step - resumed, seconds_here=round(seconds, 1),
                  device=device_name(device), torch=torch.__version__, bf16=args.bf16, compile=args.compile, losses=trainer.losses)  # fmt: skip
     write_json(out / "run.json", about)
+    if trainer.step < trainer.steps:
+        print(f"step {trainer.step} of {trainer.steps}; the same command goes on from there")
     print(f"wrote {out}/model.safetensors and run.json; next: diffusion-nb sample --model {out}")
     return 0
 
@@ -185,8 +187,11 @@ def load_model(folder: str):
             raise ValueError(
                 f"{path} holds no {name}: expected a folder written by `diffusion-nb train`, or the word digits"
             )
-    about = json.loads((path / "run.json").read_text())
-    denoiser = recipe_denoiser(about["recipe"], about["shape"])
+    try:
+        about = json.loads((path / "run.json").read_text())
+        denoiser = recipe_denoiser(about["recipe"], about["shape"])
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"{path / 'run.json'} is damaged, or not written by `diffusion-nb train`: {e!r}") from e
     try:
         denoiser.net.load_state_dict(load((path / "model.safetensors").read_bytes()))
     except (SafetensorError, RuntimeError) as e:
@@ -241,7 +246,7 @@ def sample(args) -> int:
     print(f"wrote {args.n} pictures: {out}/grid.png, samples.safetensors and run.json")
     return 0
 
-# %% ../nbs/cli.ipynb #b84429f0
+# %% ../nbs/cli.ipynb #fb50057a
 def bits(args) -> int:
     import torch
 
@@ -251,6 +256,8 @@ def bits(args) -> int:
     from diffusion_nb.elbo import large, small
     from diffusion_nb.likelihood import bits_per_dim, fitted, stop_early
 
+    if args.n < 2 or args.batch < 1 or args.steps < 2 or not 0 <= args.end < 1:
+        raise ValueError("expected --n and --steps of at least 2, --batch of at least 1, --end from 0 to below 1")
     device = torch.device(args.device) if args.device else default_device()
     model, r, _ = load_model(args.model)
     model, data, start = Clip(model).to(device), data_set(r["data"]), time.perf_counter()
@@ -338,7 +345,7 @@ def ledger(args) -> int:
     print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
     return 1 if missing else 0
 
-# %% ../nbs/cli.ipynb #b2e6c001
+# %% ../nbs/cli.ipynb #7f82743b
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="diffusion-nb", description="Diffusion models: run the book, train, draw.",
                                 epilog="Start with `diffusion-nb run`, or draw digits at once with `diffusion-nb sample`.")  # fmt: skip
@@ -417,6 +424,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as e:
         print(f"\n{e}" if str(e) else "\nstopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as e:
         print(f"diffusion-nb {args.command.__name__}: {e}", file=sys.stderr)
         return 1

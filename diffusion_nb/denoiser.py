@@ -49,7 +49,7 @@ def predict_x0(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def predict_eps(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    "(c_skip, c_out) for a network that predicts the noise; not where alpha = 0. (DDPM-15, VDM-5)"
+    "(c_skip, c_out) for a network that predicts the noise; not where alpha = 0. (DDPM-9/10, DDPM-15, VDM-5)"
     return 1 / alpha, -sigma / alpha
 
 

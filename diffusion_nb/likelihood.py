@@ -45,7 +45,7 @@ def discretised_log_prob(
     low, high = log_cdf(torch.where(above, -right, left)), log_cdf(torch.where(above, -left, right))
     return high + (-torch.expm1(low - high)).log()
 
-# %% ../nbs/08_likelihood.ipynb #26b7ecee
+# %% ../nbs/08_likelihood.ipynb #5946909b
 class Bits(NamedTuple):
     """The variational bound of n pictures along `ts`, in bits a coordinate. (DDPM-5)
 
@@ -68,7 +68,7 @@ class Bits(NamedTuple):
         return torch.cat([self.prior.mean()[None], self.prior.mean() + self.steps.mean(0).cumsum(0)])
 
     def __str__(self) -> str:
-        error = 2 * self.total.std().item() / len(self.total) ** 0.5
+        error = 2 * self.total.std().item() / len(self.total) ** 0.5 if len(self.total) > 1 else math.inf
         parts = (self.total, self.prior, self.steps.sum(1), self.decoder)
         return "{:.3f} ± {:.3f} bits/dim = prior {:.1e} + steps {:.3f} + decoder {:.3f}".format(
             parts[0].mean(), error, *(p.mean() for p in parts[1:])
@@ -77,6 +77,10 @@ class Bits(NamedTuple):
 
 def check_levels(x: Tensor, levels: int) -> None:
     "Raise ValueError unless each number of x is one of `levels` levels from -1 to 1."
+    if x.ndim < 2 or not len(x) or x.dtype not in (torch.float32, torch.float64) or levels < 2:
+        raise ValueError(
+            f"expected pictures (n, …) in float32 or float64 and two levels or more; got {tuple(x.shape)} {x.dtype}, {levels} levels"
+        )
     check_finite(x, "x")
     place = (x.double() + 1) / 2 * (levels - 1)
     if (place - place.round()).abs().max() > 1e-3 or place.min() < -1e-3 or place.max() > levels - 1 + 1e-3:
@@ -97,6 +101,10 @@ def on_batch(denoiser: Denoiser, x0: Tensor, ts: Tensor, steps: list[Step], nois
         kl.append(guess_kl(pred, x0, step, var) if k < len(steps) - 1 else None)
         bar.update(len(x0))
     mean, v = step.a * x_t + step.b * pred.x0, torch.as_tensor(decoder_var(pred, step), dtype=x0.dtype)
+    if not (v > 0).all():
+        raise ValueError(
+            "decoder_var: expected a positive variance for the last step; `small` is 0 there, `large` is DDPM's choice"
+        )
     decoder = -discretised_log_prob(x0, mean, v.sqrt(), levels).flatten(1).sum(1)
     return torch.stack(kl[:-1], 1), decoder, torch.stack(mse, 1)
 
@@ -105,7 +113,7 @@ def on_batch(denoiser: Denoiser, x0: Tensor, ts: Tensor, steps: list[Step], nois
 def bits_per_dim(denoiser: Denoiser, x: Float[Tensor, "n *d"], ts: Float[Tensor, " k+2"] | None = None, *, levels: int = 256,
                  var: Callable = small, decoder_var: Callable = large, seeds: Sequence[int] | None = None,
                  batch: int = 256, **cond: Tensor) -> Bits:  # fmt: skip
-    """The variational bound on -log₂ p(x), term by term, in bits a coordinate; one draw of noise a picture and step. (DDPM-5, DDPM-13)
+    """The variational bound on -log₂ p(x), term by term, in bits a coordinate; one draw of noise a picture and step. (DDPM-3, DDPM-5, DDPM-13)
 
     Parameters
     ----------
@@ -120,10 +128,13 @@ def bits_per_dim(denoiser: Denoiser, x: Float[Tensor, "n *d"], ts: Float[Tensor,
     seeds = range(len(x)) if seeds is None else seeds
     check_levels(x, levels)
     check_sampling(x, ts, None)
-    if len(ts) < 3 or ts[0] != 1 or ts[-1] != 0 or len(seeds) != len(x):
+    if len(ts) < 3 or ts[0] != 1 or ts[-1] != 0:
         raise ValueError(
-            f"expected times from 1 to 0, two steps or more, and {len(x)} seeds; got {ts} and {len(seeds)} seeds"
+            f"ts: expected times from 1 to 0, two steps or more; got {len(ts) - 1} from {ts[0]:g} to {ts[-1]:g}"
         )
+    for name, values in {"seeds": seeds, **cond}.items():
+        if len(values) != len(x):
+            raise ValueError(f"{name}: expected {len(x)}, one for each picture; got {len(values)}")
     coefficients = posterior_steps(denoiser.schedule, ts[1:], ts[:-1])
     steps = [Step._make(row) for row in zip(*(c.tolist() for c in coefficients), strict=True)]
     parts = []
@@ -139,7 +150,7 @@ def bits_per_dim(denoiser: Denoiser, x: Float[Tensor, "n *d"], ts: Float[Tensor,
     bit = 1 / (math.log(2) * x[0].numel())
     return Bits(prior_kl(denoiser.schedule, x).cpu() * bit, kl * bit, decoder * bit, mse, ts.cpu())
 
-# %% ../nbs/08_likelihood.ipynb #815291a1
+# %% ../nbs/08_likelihood.ipynb #27c97c3a
 def bound_loss(steps: int, levels: int, var: Callable = large) -> Callable:
     """The loss (denoiser, x0, t, eps, **cond) ↦ `steps` times L_{t-1} (L_0 at t = 1/steps), nats a coordinate: DDPM's L, for t uniform on 1/steps … 1. (DDPM-5)
 
@@ -147,6 +158,7 @@ def bound_loss(steps: int, levels: int, var: Callable = large) -> Callable:
     """
 
     def loss(denoiser, x0, t, eps, **cond):
+        t = t.double()
         pred = denoiser(q_sample(denoiser.schedule, x0, t, eps), t, **cond)
         step = Step._make(like(c, x0) for c in posterior_steps(denoiser.schedule, (t - 1 / steps).clamp(min=0), t))
         last = t * steps < 1.5
@@ -154,7 +166,10 @@ def bound_loss(steps: int, levels: int, var: Callable = large) -> Callable:
             step.small > 0, step.small, step.large
         )  # at the last step, where the divergence is not used
         kl = guess_kl(pred, x0, step._replace(small=not_zero), var)
-        decoder = -discretised_log_prob(x0, step.a * pred.x_t + step.b * pred.x0, step.large.sqrt(), levels)
+        mean = torch.where(
+            like(last, x0) > 0, step.a * pred.x_t + step.b * pred.x0, x0
+        )  # 0 times a huge gradient is not 0
+        decoder = -discretised_log_prob(x0, mean, step.large.sqrt(), levels)
         return torch.where(last, decoder.flatten(1).sum(1), kl) * steps / x0[0].numel()
 
     return loss
@@ -175,7 +190,7 @@ def fitted(bits: Bits) -> Callable:
     error = dict(zip(bits.ts.tolist(), bits.mse.mean(0).tolist(), strict=False))
     return lambda pred, step: step.small + step.b**2 * error[step.t]
 
-# %% ../nbs/08_likelihood.ipynb #2de453fe
+# %% ../nbs/08_likelihood.ipynb #1d0e9aee
 def zipf(n: int, bits: float) -> list[int]:
     "Cumulative whole-number frequencies of the numbers 0 … n-1, falling as a power fit for a divergence of `bits`. (DDPM-A3/A4)"
     power = 1 + 1 / (bits + 1 / (math.e * math.log(2)) + 1)
@@ -187,6 +202,8 @@ def pack(numbers: Sequence[int], tables: Sequence[list[int]]) -> str:
     "Arithmetic coding: zeros and ones, as many as, or up to 2 more than, the sum of log₂(table[-1] / (table[i+1] - table[i])) over the numbers i."
     low, width, whole = 0, 1, 1
     for i, table in zip(numbers, tables, strict=True):
+        if not 0 <= i < len(table) - 1:
+            raise ValueError(f"numbers: expected 0 to {len(table) - 2}, got {i}")
         low, width, whole = (
             low * table[-1] + width * table[i],
             width * (table[i + 1] - table[i]),
@@ -199,7 +216,9 @@ def pack(numbers: Sequence[int], tables: Sequence[list[int]]) -> str:
 
 
 def unpack(message: str, tables: Sequence[list[int]]) -> list[int]:
-    "The numbers that `pack` packed with these tables. Raises ValueError for a message that is not of these tables."
+    "The numbers that `pack` packed with these tables. Raises ValueError for most messages that these tables cannot have made."
+    if not message or set(message) - {"0", "1"}:
+        raise ValueError(f"message: expected a text of zeros and ones, got {message!r}")
     value, low, width, whole, numbers = int(message, 2), 0, 1, 1, []
     for table in tables:
         place = (((value * whole) - (low << len(message))) * table[-1]) // (width << len(message))
@@ -214,7 +233,7 @@ def unpack(message: str, tables: Sequence[list[int]]) -> list[int]:
         raise ValueError("the message is damaged, or was made by another codec")
     return numbers
 
-# %% ../nbs/08_likelihood.ipynb #085187d1
+# %% ../nbs/08_likelihood.ipynb #02d23b7a
 class Codec(NamedTuple):
     """A lossy code for single pictures (DDPM-A3/A4): what sender and receiver agree on.
 
@@ -229,11 +248,21 @@ class Codec(NamedTuple):
     candidates: int
 
     def steps(self) -> list[Step]:
+        "The coefficients of the steps. Raises ValueError for times that do not fall from 1 to above 0."
+        if self.ts[0] != 1 or self.ts[-1] <= 0 or not (self.ts.diff() < 0).all():
+            raise ValueError(
+                f"ts: expected times that fall from 1 and end above 0, where the guess is made; got {self.ts}"
+            )
         coefficients = posterior_steps(self.denoiser.schedule, self.ts[1:], self.ts[:-1])
         return [Step._make(row) for row in zip(*(c.tolist() for c in coefficients), strict=True)]
 
     def noise(self, seed: int, shape: Sequence[int]) -> Noise:
         return Noise(range(seed * self.candidates, (seed + 1) * self.candidates), tuple(shape))
+
+    def start(self, noise: Noise) -> Tensor:
+        "The state at time 1: a draw from the prior, the same on both sides."
+        alpha, sigma = self.denoiser.schedule(self.ts[0])
+        return (alpha**2 + sigma**2).sqrt().item() * noise(0)[:1]
 
     def proposals(self, x: Tensor, k: int, step: Step, noise: Noise, cond: dict) -> tuple[Pred, Tensor]:
         "The guess at x and the list of candidates for the next state."
@@ -249,7 +278,7 @@ def encode(codec: Codec, x0: Float[Tensor, "1 *d"], seed: int = 0, **cond) -> tu
         len(codec.ts), codec.candidates, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
     gumbel = (-(-uniform.log()).log()).sort(descending=True).values
-    x = noise(0)[:1]
+    x = codec.start(noise)
     for k, step in enumerate(codec.steps()):
         pred, candidates = codec.proposals(x, k, step, noise, cond)
         far_q = (candidates - step.a * x - step.b * x0).square() / step.small
@@ -265,18 +294,22 @@ def encode(codec: Codec, x0: Float[Tensor, "1 *d"], seed: int = 0, **cond) -> tu
 def decode(codec: Codec, message: str, shape: Sequence[int], seed: int = 0, **cond) -> Float[Tensor, "1 *d"]:
     "The picture that a message describes: the receiver's guess. Raises ValueError for a message that is not of this codec. (DDPM-A4)"
     noise, steps = codec.noise(seed, shape), codec.steps()
-    x = noise(0)[:1]
+    x = codec.start(noise)
     for k, (step, i) in enumerate(
         zip(steps, unpack(message, [zipf(codec.candidates, codec.bits)] * len(steps)), strict=True)
     ):
         x = codec.proposals(x, k, step, noise, cond)[1][i : i + 1]
     return codec.denoiser(x, codec.ts[-1], **cond).x0
 
-# %% ../nbs/08_likelihood.ipynb #c4d92fae
+# %% ../nbs/08_likelihood.ipynb #8fadf34a
 def even_times(bits: Bits, n: int, share: float) -> Float[Tensor, " n+1"]:
     "Times for n steps that carry equally many bits each, and `share` of the total together, read off the rates of a finer grid."
     rate, total = bits.rate(), bits.total.mean().item()
-    goals = torch.linspace(0, share * total, n + 1, dtype=torch.float64).clamp(rate[0], rate[-1])
+    if not rate[0] < share * total <= rate[-1]:
+        raise ValueError(
+            f"share: expected more than 0 and at most {rate[-1] / total:.2f}, what the steps carry of all bits; got {share}"
+        )
+    goals = torch.linspace(0, share * total, n + 1, dtype=torch.float64).clamp(rate[0])
     right = torch.searchsorted(rate, goals).clamp(1, len(rate) - 1)
     part = (goals - rate[right - 1]) / (rate[right] - rate[right - 1])
     return torch.lerp(bits.ts[right - 1], bits.ts[right], part)

@@ -29,20 +29,23 @@ from .posterior import Step, posterior_steps
 from .samplers.ddpm import ddpm, time_grid
 from .training import Trainer, chain_times, warmup_cosine
 
-# %% ../nbs/08_metrics.ipynb #2d887fdc
+# %% ../nbs/08_metrics.ipynb #445f6ee5
 def radii(x: Float[Tensor, "n f"], k: int) -> Float[Tensor, " n"]:
     "The distance from each point to its k-th nearest neighbour among the others."
     if not 0 < k < len(x):
         raise ValueError(
             f"k: expected a number of neighbours from 1 to {len(x) - 1}, for {len(x)} points; got {k}"
         )
-    return torch.cdist(x, x).kthvalue(k + 1, dim=1).values  # each point is its own nearest
+    return (
+        torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(k + 1, dim=1).values
+    )  # each is its own nearest
 
 
 def in_balls(real: Float[Tensor, "n f"], fake: Float[Tensor, "m f"], k: int):
     "(n, m): whether fake j lies in the ball of real i."
     check_finite(real, "real"), check_finite(fake, "fake")
-    return torch.cdist(real.double(), fake.double()) < radii(real.double(), k)[:, None]
+    real, fake = real.double(), fake.double()
+    return torch.cdist(real, fake, compute_mode="donot_use_mm_for_euclid_dist") <= radii(real, k)[:, None]
 
 
 def precision_recall(real: Float[Tensor, "n f"], fake: Float[Tensor, "m f"], k: int = 3) -> tuple[float, float]:
@@ -57,18 +60,23 @@ def density_coverage(real: Float[Tensor, "n f"], fake: Float[Tensor, "m f"], k: 
     inside = in_balls(real, fake, k).double()
     return inside.sum(0).mean().item() / k, inside.amax(1).mean().item()
 
-# %% ../nbs/08_metrics.ipynb #e2a0a64a
+# %% ../nbs/08_metrics.ipynb #53636f00
 def inception_score(logits: Float[Tensor, "n k"]) -> float:
     "exp E KL(p(y | x) || p(y)), from 1 to k, for the logits of a classifier, which must be named beside it. (Salimans et al. 2016)"
+    check_finite(logits, "logits")
     log_p = logits.double().log_softmax(1)
     return (log_p.exp() * (log_p - log_p.logsumexp(0) + math.log(len(log_p)))).sum(1).mean().exp().item()
 
-# %% ../nbs/08_metrics.ipynb #d240e3df
+# %% ../nbs/08_metrics.ipynb #cc530be1
 def weights_hash(net: nn.Module) -> str:
     "The first 16 hexadecimal digits of the SHA-256 of a network's weights and buffers, in the order of their names."
     sha = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
-        sha.update(name.encode() + str(value.dtype).encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        sha.update(
+            name.encode()
+            + str(value.dtype).encode()
+            + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return sha.hexdigest()[:16]
 
 
@@ -103,8 +111,8 @@ def save_cards(cards: list[MetricCard], path: Path | str) -> None:
 def load_cards(path: Path | str) -> list[MetricCard]:
     "What `save_cards` wrote. Raises ValueError where the file is damaged or holds something else."
     try:
-        return [MetricCard(**card) for card in json.loads(Path(path).read_text(encoding="utf-8"))]
-    except (json.JSONDecodeError, TypeError) as e:
+        return [MetricCard(**card) for card in json.loads(Path(path).read_bytes())]
+    except (ValueError, TypeError) as e:
         raise ValueError(f"{path} holds no metric cards ({e})") from e
 
 

@@ -91,7 +91,7 @@ def deferred_interrupt():
     finally:
         signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/07_ddpm.ipynb #23d23be2
+# %% ../nbs/07_ddpm.ipynb #ac44cde5
 class Trainer:
     """Fits a denoiser to pictures: `Trainer(denoiser, x0, …).fit()` returns a copy with averaged weights. (DDPM-A1)
 
@@ -173,7 +173,9 @@ class Trainer:
 
     def fit(self, minutes: float | None = None) -> Denoiser:
         "Train to the last step, or for so many minutes, with a progress bar; returns the denoiser with averaged weights."
-        end = time.monotonic() + 60 * minutes if minutes else math.inf
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"minutes: expected a positive number, got {minutes}")
+        end = math.inf if minutes is None else time.monotonic() + 60 * minutes
         recent, on = [], [self.device] if self.device.type == "cuda" else []
         with (
             torch.random.fork_rng(on),
@@ -187,6 +189,8 @@ class Trainer:
                     self._read(recent, bar)
                 if self.checkpoint and self.step % self.every == 0:
                     self.save()
+        if recent:
+            self._read(recent, bar)
         if self.checkpoint:
             self.save()
         if stop.is_set():

@@ -23,6 +23,7 @@ from diffusion_nb.denoiser import (
     predict_v,
     predict_x0,
 )
+from diffusion_nb.elbo import large, small
 from diffusion_nb.forward import (
     CosineSchedule,
     DDPMSchedule,
@@ -35,8 +36,15 @@ from diffusion_nb.forward import (
     q_step,
     transition,
 )
-from diffusion_nb.likelihood import bits_per_dim
-from diffusion_nb.metrics import MetricCard, density_coverage, load_cards, precision_recall, save_cards
+from diffusion_nb.likelihood import Codec, bits_per_dim, encode, even_times, pack, unpack
+from diffusion_nb.metrics import (
+    MetricCard,
+    density_coverage,
+    inception_score,
+    load_cards,
+    precision_recall,
+    save_cards,
+)
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.posterior import posterior_steps, q_posterior
 from diffusion_nb.samplers.ddpm import time_grid
@@ -582,7 +590,7 @@ levels = torch.arange(8).reshape(4, 2) / 8
         (levels - 2, "got values from -2 to -1.125"),
         (levels / 8, "of 17 grey levels"),
         (levels * nan, "8 of its 8 values are NaN"),
-        (levels.long(), "expected pictures as floating-point numbers"),
+        (levels.long(), "expected pictures (n, …) in float32 or float64"),
     ],
 )
 def test_pictures_that_are_not_of_these_levels(x, says):
@@ -599,8 +607,10 @@ def test_a_bound_along_times_that_are_not_from_1_to_0(ts):
 
 
 def test_a_bound_with_too_few_seeds_or_other_labels():
-    with refused("4 seeds; got", "and 3 seeds"):
+    with refused("seeds: expected 4, one for each picture; got 3"):
         bits_per_dim(POINT, levels, time_grid(3), levels=17, seeds=range(3))
+    with refused("y: expected 4, one for each picture; got 1"):
+        bits_per_dim(POINT, levels, time_grid(3), levels=17, y=T([0]))
     with refused("y: expected labels from 0 to 0"):
         bits_per_dim(POINT, levels, time_grid(3), levels=17, y=T([0, 1, 2, 3]))
 
@@ -627,3 +637,53 @@ def test_damaged_cards(text, tmp_path):
     path.write_text(text)
     with refused("cards.json holds no metric cards"):
         load_cards(path)
+
+
+def test_a_decoder_without_variance():
+    with refused("decoder_var: expected a positive variance"):
+        bits_per_dim(POINT, levels, time_grid(3), levels=17, decoder_var=small)
+
+
+@pytest.mark.parametrize("x", [levels.half(), levels[:0], levels[0]])
+def test_pictures_of_a_kind_that_has_no_bits(x):
+    with refused("expected pictures (n, …) in float32 or float64"):
+        bits_per_dim(POINT, x, time_grid(3), levels=17)
+
+
+@pytest.mark.parametrize("ts", [time_grid(4), time_grid(4, start=0.9, end=0.1), time_grid(4, end=0.1).flip(0)])
+def test_codec_along_times_that_it_cannot_take(ts):
+    codec = Codec(POINT, ts, large, 2.0, 16)
+    with refused("ts: expected times that fall from 1 and end above 0"):
+        encode(codec, levels[:1])
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.0])
+def test_share_of_the_bits_that_the_steps_do_not_carry(share):
+    bits = bits_per_dim(POINT, levels, time_grid(5), levels=17, var=large)
+    with refused("share: expected more than 0 and at most"):
+        even_times(bits, 3, share)
+
+
+@pytest.mark.parametrize("message", ["", "012", "one"])
+def test_messages_that_are_not_of_zeros_and_ones(message):
+    with refused("message: expected a text of zeros and ones"):
+        unpack(message, [[0, 1, 2]])
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_numbers_that_have_no_code(number):
+    with refused("numbers: expected 0 to 1"):
+        pack([number], [[0, 1, 2]])
+
+
+def test_logits_that_are_not_finite():
+    with refused("logits: 1 of its 4 values"):
+        inception_score(T([[1.0, nan], [0.0, 2.0]]))
+
+
+@pytest.mark.parametrize("minutes", [0, -1, nan])
+def test_minutes_that_are_none(minutes):
+    trainer = Trainer(NetDenoiser(nn.Conv2d(1, 1, 1), CosineSchedule(), predict_v), torch.zeros(4, 1, 8, 8), steps=2,
+                      lr=lambda k: 1e-3, batch=2, device="cpu")  # fmt: skip
+    with refused("minutes: expected a positive number"):
+        trainer.fit(minutes)

@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 
 from diffusion_nb import cli
 from diffusion_nb.cli import main
-from diffusion_nb.data import GaussianMixture
-from diffusion_nb.denoiser import GMMDenoiser
+from diffusion_nb.data import GaussianMixture, digits
+from diffusion_nb.denoiser import Clip, GMMDenoiser
+from diffusion_nb.elbo import large
 from diffusion_nb.forward import CosineSchedule
+from diffusion_nb.likelihood import bits_per_dim, stop_early
 
 
 @pytest.fixture
@@ -63,6 +65,10 @@ def test_run_some(book, capsys):
     (["sample", "--model", "nowhere"], "nowhere holds no run.json"),
     (["sample", "--label", "10"], "this model knows the labels 0 to 9"),
     (["sample", "--n", "0"], "expected numbers of at least 1"),
+    (["bits", "--n", "1"], "expected --n and --steps of at least 2"),
+    (["bits", "--steps", "1"], "expected --n and --steps of at least 2"),
+    (["bits", "--end", "1.5"], "--end from 0 to below 1"),
+    (["bits", "--model", "nowhere"], "nowhere holds no run.json"),
 ])  # fmt: skip
 def test_mistakes_are_named(words, said, capsys, tmp_path):
     assert main(words if words[0] == "train" else [*words, "--out", str(tmp_path)]) == 1
@@ -77,7 +83,8 @@ def test_words_that_make_no_sense(words):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], *([c, "--help"] for c in ("run", "train", "sample", "data", "artifacts"))]
+    "words",
+    [["--help"], *([c, "--help"] for c in ("run", "train", "sample", "bits", "data", "artifacts", "ledger"))],
 )
 def test_help(words, capsys):
     with pytest.raises(SystemExit) as e:
@@ -100,3 +107,32 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path, monkeypatch):
         assert main(["sample", *words]) == 0
     parted, whole = (load_file(tmp_path / batch / "samples.safetensors")["x"] for batch in ("2", "4"))
     torch.testing.assert_close(parted, whole)
+
+
+def test_bits_are_those_of_the_library(tmp_path, monkeypatch):
+    exact = GMMDenoiser(GaussianMixture([1.0], torch.zeros(1, 64), torch.eye(64)[None]), CosineSchedule())
+    monkeypatch.setattr(cli, "load_model", lambda folder: (exact, {"classes": 0, "data": "digits"}, (1, 8, 8)))
+    out = tmp_path / "bits.json"
+    assert main(["bits", "--n", "3", "--steps", "4", "--end", "0.1", "--device", "cpu", "--out", str(out)]) == 0
+    want = bits_per_dim(Clip(exact), digits().x_test[:3], stop_early(4, 0.1), levels=17, var=large)
+    about = json.loads(out.read_text())
+    assert about["bits_per_dim"] == pytest.approx(want.total.mean().item(), rel=1e-9)
+    assert about["bits_per_dim"] == pytest.approx(
+        about["prior"] + about["steps_cost"] + about["decoder"], rel=1e-9
+    )
+    assert (about["pictures"], about["levels"], about["held_out_of"]) == (3, 17, "digits")
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", "not json"])
+def test_a_damaged_record_is_named(record, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(record)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert main(["bits", "--model", str(tmp_path)]) == 1
+    assert "run.json is damaged" in capsys.readouterr().err
+
+
+def test_a_training_stopped_by_the_clock_goes_on(tmp_path, capsys):
+    words = ["train", "--steps", "3", "--batch", "2", "--width", "8", "--device", "cpu", "--out", str(tmp_path)]
+    assert main([*words, "--minutes", "1e-9"]) == 0
+    assert "step 0 of 3; the same command goes on" in capsys.readouterr().out
+    assert main(words) == 0 and json.loads((tmp_path / "run.json").read_text())["losses"][-1][0] == 3

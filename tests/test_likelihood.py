@@ -556,3 +556,24 @@ def test_network_that_predicts_the_mean_of_a_step():
 
     close(MeanDenoiser(net, f, T)(x_t, t).x0, x0, rtol=1e-9, atol=1e-12)
     close(told.time, (1000 * t).float())
+
+
+def test_points_that_are_all_the_same():
+    same = torch.ones(30, 2)
+    assert precision_recall(same, same, 3) == (1.0, 1.0)
+    assert density_coverage(same, same, 5) == (30 / 5, 1.0)
+
+
+def test_gradient_of_the_loss_is_finite_however_far_the_guess():
+    guess = torch.full((2, 4), 1e6, requires_grad=True)
+
+    class Far(Denoiser):
+        schedule = DDPMSchedule(linear_betas(1000))
+
+        def forward(self, x_t, t):
+            alpha, sigma = (c.reshape(-1, 1).to(x_t.dtype) for c in self.schedule(t))
+            return Pred(x_t, alpha, sigma, guess)
+
+    t = torch.tensor([0.002, 0.5], dtype=torch.float64)
+    bound_loss(1000, 17)(Far(), torch.zeros(2, 4), t, torch.ones(2, 4)).sum().backward()
+    assert guess.grad.isfinite().all()

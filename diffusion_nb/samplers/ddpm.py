@@ -35,7 +35,7 @@ def check_sampling(x: Tensor, ts: Tensor, noise: Callable | None) -> None:
 @torch.no_grad()
 def ddpm(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, noise: Callable[[int], Tensor],
          var: Callable = small, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """Ancestral sampling: x_s ~ N(a x_t + b x̂0, var) along the times `ts`. (DDPM-1, DDPM-A2)
+    """Ancestral sampling: x_s ~ N(a x_t + b x̂0, var) along the times `ts`. (DDPM-1, DDPM-11, DDPM-A2)
 
     Parameters
     ----------
