@@ -16,7 +16,7 @@ from diffusion_nb.training import digit_denoiser
 
 
 def main():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # small pictures: a second thread does not pay
     data, model, ts = digits(), Clip(digit_denoiser()), stop_early(1000, 0.03)
     best = fitted(bits_per_dim(model, data.x[:256], ts, levels=17, var=large, y=data.y[:256]))
     start = time.perf_counter()
