@@ -17,7 +17,7 @@ from ..forward import Schedule
 from ..posterior import posterior_steps
 from .ddpm import check_sampling, time_grid
 
-# %% ../../nbs/11_ddim.ipynb #77245918
+# %% ../../nbs/11_ddim.ipynb #881bbad7
 def _blend(schedule: Schedule, ts: Float[Tensor, " n+1"], var: Tensor | float = 0.0):
     "(k, c) of each step t → s along `ts`: x_s = k x_t + c x̂0 keeps √(σ_s² - var) of the predicted noise. (DDIM, eq. 12)"
     alpha, sigma = schedule(ts)
@@ -44,10 +44,8 @@ def ddim(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"]
     _check_eta(eta, step.small, denoiser.schedule(ts[1:])[1], noise)
     var = eta**2 * step.small
     k, c = _blend(denoiser.schedule, ts, var)
-    steps = zip(k.tolist(), c.tolist(), (var.sqrt() * (ts[1:] > 0)).tolist(), strict=True)
-    for i, (t, (k, c, sd)) in enumerate(
-        tqdm(zip(ts, steps), total=len(ts) - 1, desc="sampling", delay=3, leave=False)
-    ):  # noqa: B905
+    steps = list(zip(ts[:-1], k.tolist(), c.tolist(), (var.sqrt() * (ts[1:] > 0)).tolist(), strict=True))
+    for i, (t, k, c, sd) in enumerate(tqdm(steps, desc="sampling", delay=3, leave=False)):
         pred = denoiser(x, t, **cond)
         x = torch.add(k * x, pred.x0, alpha=c)
         if sd > 0:
@@ -85,7 +83,7 @@ def logsnr_grid(schedule: Schedule, n: int, near: float = 0.002) -> Float[Tensor
     high[0], high[-1] = 1.0, near
     return torch.cat([high, high.new_zeros(1)])
 
-# %% ../../nbs/11_ddim.ipynb #2b914954
+# %% ../../nbs/11_ddim.ipynb #51bd9e7c
 @torch.no_grad()
 def invert(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, callback: Callable | None = None,
            **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
@@ -104,10 +102,8 @@ def invert(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1
         raise ValueError(
             f"ts: at the first time, {ts[0]}, sigma is 0, and there is no noise to predict; start at 0.002, for example"
         )
-    steps = zip(*(v.tolist() for v in _blend(denoiser.schedule, ts)), strict=True)
-    for i, (t, (k, c)) in enumerate(
-        tqdm(zip(ts, steps), total=len(ts) - 1, desc="encoding", delay=3, leave=False)
-    ):  # noqa: B905
+    steps = list(zip(ts[:-1], *(v.tolist() for v in _blend(denoiser.schedule, ts)), strict=True))
+    for i, (t, k, c) in enumerate(tqdm(steps, desc="encoding", delay=3, leave=False)):
         pred = denoiser(x, t, **cond)
         x = torch.add(k * x, pred.x0, alpha=c)
         if callback:
