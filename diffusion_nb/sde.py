@@ -4,7 +4,7 @@
 __all__ = ['Rates', 'rates', 'euler_maruyama', 'reverse_sde', 'sigma_steps', 'ratio_steps', 'predictor_corrector', 'velocity',
            'solve', 'probability_flow', 'exact_divergence', 'hutchinson', 'log_likelihood']
 
-# %% ../nbs/10_sde.ipynb #7571be94
+# %% ../nbs/10_sde.ipynb #5cbfa625
 import math
 from collections.abc import Callable
 from typing import NamedTuple
