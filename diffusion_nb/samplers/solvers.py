@@ -145,7 +145,7 @@ def dpmpp_2m(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n
 @torch.no_grad()
 def dpmpp_2m_sde(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, noise: Callable[[int], Tensor],
                  callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """SDE-DPM-Solver++ (2M): DDPM's step with β̃, its guess extrapolated from the last two. (Lu et al. 2022, DPM-Solver++, eq. 18)
+    """SDE-DPM-Solver++ (2M): DDPM's step with β̃, its guess extrapolated from the last two. (Lu et al. 2022, DPM-Solver++, its SDE form)
 
     Parameters are those of `ddpm`. First and last step are DDPM's; nothing is added in a step that ends at time 0.
     Raises ValueError as `check_sampling` does.
