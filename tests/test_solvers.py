@@ -1,0 +1,318 @@
+"""Samplers of second order: the same numbers as diffusers, step by step; the right distribution; orders; bad input."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, HeunDiscreteScheduler
+from diffusers.schedulers import scheduling_edm_euler
+
+from diffusion_nb.core import Noise
+from diffusion_nb.data import GaussianMixture, random_mixture
+from diffusion_nb.denoiser import Denoiser, GMMDenoiser, Pred
+from diffusion_nb.forward import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
+from diffusion_nb.samplers.ddpm import ddpm, energy_distance, time_grid, typicality
+from diffusion_nb.samplers.solvers import dpmpp_2m, dpmpp_2m_sde, edm_grid, heun, ode_steps, time_at
+
+F64 = torch.float64
+CHAIN = DDPMSchedule(linear_betas(1000))
+MIXTURE = random_mixture(3)
+NOISE = Noise(range(20), (2,), dtype=F64)
+SCHEDULES = {
+    "vp": VPSchedule(),
+    "ve": VESchedule(),
+    "edm": EDMSchedule(),
+    "cosine": CosineSchedule(),
+    "ddpm": CHAIN,
+}
+RUNS = {"heun": heun, "2m": dpmpp_2m, "2m sde": dpmpp_2m_sde}
+
+
+class Counted(GMMDenoiser):
+    "Remembers the times at which it is called."
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.times = []
+
+    def forward(self, x_t, t, **cond):
+        self.times.append(float(t))
+        return super().forward(x_t, t, **cond)
+
+
+# diffusers
+
+
+def their_sigmas(scheduler, ts):
+    "The scheduler's sigmas, which it keeps in float32, in float64, for our times."
+    alpha, sigma = CHAIN(ts)
+    scheduler.sigmas = sigma / alpha
+    return scheduler
+
+
+@pytest.mark.parametrize("n", [3, 10, 20])
+@pytest.mark.parametrize("kind", ["dpmsolver++", "sde-dpmsolver++"])
+def test_2m_is_theirs(kind, n):
+    theirs = DPMSolverMultistepScheduler(1000, algorithm_type=kind, solver_order=2, solver_type="midpoint",
+                                         prediction_type="sample", final_sigmas_type="zero")  # fmt: skip
+    theirs.set_timesteps(n)
+    ts = torch.cat([(theirs.timesteps + 1) / 1000, torch.zeros(1)]).double()
+    theirs = their_sigmas(theirs, ts)
+    best = GMMDenoiser(MIXTURE, CHAIN)
+    want = x = NOISE(0)
+    for i, (t, label) in enumerate(zip(ts[:-1], theirs.timesteps, strict=True)):
+        want = theirs.step(best(want, t).x0, label, want, variance_noise=NOISE(i + 1)).prev_sample
+    if kind == "dpmsolver++":
+        got = dpmpp_2m(best, x, ts)
+    else:
+        got = dpmpp_2m_sde(best, x, ts, noise=NOISE)
+    # Theirs rounds the state to float32 in each step, 6e-8 of values up to 4; the walk spreads errors a little.
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [2, 7, 25])
+def test_heun_is_theirs(n):
+    theirs = HeunDiscreteScheduler(1000, prediction_type="sample")
+    theirs.set_timesteps(n)
+    ts = edm_grid(CHAIN, n, 0.05, 20)
+    sigmas = their_sigmas(theirs, ts).sigmas
+    theirs.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+    best, bar = GMMDenoiser(MIXTURE, CHAIN), sigmas[0] * NOISE(0)
+    alphas = (1 + theirs.sigmas**2).rsqrt()
+    times = torch.cat([ts[:1], ts[1:-1].repeat_interleave(2)])
+    for t, sigma_t, alpha in zip(times, theirs.timesteps, alphas[:-1], strict=True):
+        bar = theirs.step(best(alpha * bar, t).x0, sigma_t, bar).prev_sample
+    got = heun(best, CHAIN(ts[0])[1] * NOISE(0), ts)
+    torch.testing.assert_close(got, bar, rtol=0, atol=1e-9)  # in float64 throughout; at the end alpha = 1
+
+
+@pytest.mark.parametrize("churn", [0.0, 3.0, 100.0])
+def test_churn_and_euler_are_theirs(churn, monkeypatch):
+    "Walks of a single step of ours, which is Euler's, beside EDMEulerScheduler's step."
+    n, schedule = 12, EDMSchedule(0.001, 200)
+    theirs = EDMEulerScheduler(0.002, 80, sigma_schedule="karras")
+    theirs.set_timesteps(n)
+    theirs.is_scale_input_called = True
+    ts = time_at(schedule, -2 * theirs.sigmas[:-1].double().log())
+    ts = torch.cat([ts, torch.zeros(1)]).double()
+    best, x = GMMDenoiser(MIXTURE, schedule), 80 * NOISE(0)
+    monkeypatch.setattr(scheduling_edm_euler, "randn_tensor", lambda *_, **__: now)
+    for i in range(n - 1):
+        now, seen = NOISE(i + 1), []
+        step = dict(noise=lambda k, z=now: z, callback=lambda i, x, pred, seen=seen: seen.append(pred.x0))
+        ours = heun(best, x, ts[i : i + 2], s_churn=churn / n, s_min=0.05, s_max=50.0, s_noise=1.003, **step)
+        want = theirs.step(x, theirs.timesteps[i], x, s_churn=churn, s_tmin=0.05, s_tmax=50.0, s_noise=1.003,
+                           pred_original_sample=seen[0]).prev_sample  # fmt: skip
+        # theirs is in float32, 6e-8 of values up to 300
+        torch.testing.assert_close(ours, want, rtol=1e-6, atol=1e-5)
+        x = ours
+
+
+# distributions
+
+
+@pytest.mark.parametrize("name", ["vp", "edm"])
+@pytest.mark.parametrize("kind", ["heun", "heun with churn", "2m", "2m sde"])
+def test_as_direct_samples(kind, name):
+    n, schedule = 4000, SCHEDULES[name]
+    noise = Noise(range(n), (2,), dtype=F64)
+    run, steps, options = {
+        "heun": (heun, 30, {}),
+        "heun with churn": (heun, 60, dict(s_churn=20.0, s_min=0.05, s_max=40.0)),
+        "2m": (dpmpp_2m, 50, {}),
+        "2m sde": (dpmpp_2m_sde, 100, {}),
+    }[kind]
+    ts = edm_grid(schedule, steps, 0.01, 79.9)
+    x = run(GMMDenoiser(MIXTURE, schedule), schedule(ts[0])[1] * noise(0), ts, noise=noise, **options)
+    direct = MIXTURE.sample(100_000, seed=99)[0]
+    pairs = [
+        energy_distance(MIXTURE.sample(1500, 2 * i)[0], MIXTURE.sample(1500, 2 * i + 1)[0]) for i in range(20)
+    ]
+    assert abs(typicality(MIXTURE.log_prob, x, direct)) < 5
+    assert energy_distance(x[:1500], direct[:1500]) < torch.tensor(pairs).mean() + 6 * torch.tensor(pairs).std()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("kind", RUNS)
+def test_gaussian_data_end_where_the_formula_says(kind, name):
+    "Data N(0, s²): a point keeps to its number of standard deviations, and with noise the standard deviation is right."
+    s, schedule = 0.7, SCHEDULES[name]
+    data = GaussianMixture(torch.ones(1), torch.zeros(1, 1), torch.full((1, 1, 1), s**2))
+    high, low = torch.tensor([20.0, 0.05], dtype=F64)
+    start, end = time_at(schedule, -2 * torch.stack([high, low]).log())
+    ts = torch.linspace(start, end, 401, dtype=F64)
+    (a_first, a_last), _ = schedule(ts[[0, -1]])
+    n = 20_000 if kind == "2m sde" else 50
+    noise = Noise(range(n), (1,), dtype=F64)
+    first = a_first * (s**2 + high**2).sqrt() * noise(0)
+    got = RUNS[kind](GMMDenoiser(data, schedule), first, ts, noise=noise) / a_last
+    want = (s**2 + low**2).sqrt()
+    if kind == "2m sde":
+        assert (
+            abs(got.std() / want - 1) < 5 / (2 * n) ** 0.5 + 0.002
+        )  # five standard errors, and the bias of 400 steps
+    else:
+        torch.testing.assert_close(got, want * noise(0), rtol=0, atol=2e-4)
+
+
+# orders
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "edm", "cosine"])
+@pytest.mark.parametrize("kind", ["heun", "2m"])
+def test_second_order(kind, name):
+    schedule, x_bar = SCHEDULES[name], 20 * NOISE(0)
+    start, end = time_at(schedule, torch.tensor([-2 * math.log(20), -2 * math.log(0.05)], dtype=F64)).tolist()
+    (first, last), _ = schedule(torch.tensor([start, end], dtype=F64))
+    best = GMMDenoiser(MIXTURE, schedule)
+    ends = [RUNS[kind](best, first * x_bar, time_grid(n, start, end)) / last for n in (160, 320, 640, 2560)]
+    errors = [(e - ends[-1]).square().mean().sqrt().item() for e in ends[:-1]]
+    # The reference itself errs by 1/16 of the shortest error: log2((4 - 1/16) / (1 - 1/16)) = 2.07 for an order of 2.
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert 1.75 < sum(slopes) / 2 < 2.25, slopes
+
+
+def test_2m_is_exact_for_a_guess_that_moves_with_the_step():
+    "With a guess linear in lambda, each inner step is the integral's midpoint: written out here with numbers alone."
+
+    class Line(Denoiser):
+        schedule = VESchedule()
+
+        def forward(self, x_t, t):
+            alpha, sigma = self.schedule(t)
+            return Pred(x_t, alpha, sigma, -sigma.log() * torch.ones_like(x_t))
+
+    line = Line()
+    ts = torch.tensor([0.9, 0.75, 0.5, 0.45, 0.2], dtype=F64)
+    lam = -line.schedule(ts)[1].log()
+    x = 3.0
+    for i in range(4):
+        middle = lam[i] if i in (0, 3) else (lam[i] + lam[i + 1]) / 2
+        shrink = (lam[i] - lam[i + 1]).exp()
+        x = shrink * x + (1 - shrink) * middle
+    got = dpmpp_2m(line, torch.full((1, 1), 3.0, dtype=F64), ts)
+    torch.testing.assert_close(got.squeeze(), x, rtol=1e-12, atol=0)
+
+
+# what samplers promise
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("kind", RUNS)
+def test_calls_and_callbacks(kind, name):
+    best, seen = Counted(MIXTURE, SCHEDULES[name]), []
+    ts = edm_grid(best.schedule, 7, 0.05, 20)
+    x = RUNS[kind](best, NOISE(0), ts, noise=NOISE, callback=lambda i, x, pred: seen.append((i, x)))
+    assert best.times == (
+        sorted([*ts[:-1].tolist(), *ts[1:-1].tolist()], reverse=True) if kind == "heun" else ts[:-1].tolist()
+    )
+    assert [i for i, _ in seen] == list(range(7)) and seen[-1][1].equal(x)
+    assert torch.isfinite(x).all()
+
+
+def test_nothing_is_added_by_the_step_that_ends_at_time_0():
+    "Also where the schedule has noise left there."
+    best, ts = GMMDenoiser(MIXTURE, VESchedule()), time_grid(6)
+    loud = dpmpp_2m_sde(best, NOISE(0), ts, noise=lambda k: NOISE(k) * (1000.0 if k == 6 else 1.0))
+    assert loud.equal(dpmpp_2m_sde(best, NOISE(0), ts, noise=NOISE))
+
+
+def test_last_step_is_the_guess():
+    "Where sigma = 0 at the end."
+    best, guesses = GMMDenoiser(MIXTURE, CHAIN), []
+    for run in RUNS.values():
+        x = run(best, NOISE(0), time_grid(10), noise=NOISE, callback=lambda i, x, pred: guesses.append(pred.x0))
+        torch.testing.assert_close(x, guesses[-1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_picture_depends_on_its_seed_alone_and_labels_arrive(kind):
+    best, few = GMMDenoiser(MIXTURE, VPSchedule()), Noise([5, 17], (2,), dtype=F64)
+    y, ts = torch.arange(20) % 4, edm_grid(VPSchedule(), 9, 0.05, 20)
+    options = dict(s_churn=3.0) if kind == "heun" else {}
+    full = RUNS[kind](best, NOISE(0), ts, noise=NOISE, y=y, **options)
+    part = RUNS[kind](best, few(0), ts, noise=few, y=y[[5, 17]], **options)
+    torch.testing.assert_close(full[[5, 17]], part, rtol=0, atol=1e-12)
+    assert (full - RUNS[kind](best, NOISE(0), ts, noise=NOISE, **options)).abs().max() > 0.01
+
+
+def test_churn_only_in_its_range_and_not_above_the_schedule():
+    best = Counted(MIXTURE, EDMSchedule())
+    ts = edm_grid(best.schedule, 10, 0.05, 80)
+    heun(best, 80 * NOISE(0), ts, noise=NOISE, s_churn=4.0, s_min=0.5, s_max=30.0)
+    bars = best.schedule(ts[:-1])[1]
+    wanted = torch.where((bars >= 0.5) & (bars <= 30), 1.4 * bars, bars)
+    starts = best.schedule(torch.tensor(best.times[::2], dtype=F64))[1]
+    torch.testing.assert_close(starts, wanted, rtol=1e-9, atol=0)
+    x = heun(best, 80 * NOISE(0), ts, noise=NOISE, s_churn=4.0)
+    assert best.times[19] == 1.0 and torch.isfinite(x).all()  # at the top there is nowhere to go
+
+
+def test_two_steps_of_2m_are_ddim_and_ddpm():
+    best, ts = GMMDenoiser(MIXTURE, CosineSchedule()), torch.tensor([0.9, 0.5, 0.1], dtype=F64)
+    torch.testing.assert_close(
+        dpmpp_2m_sde(best, NOISE(0), ts, noise=NOISE), ddpm(best, NOISE(0), ts, noise=NOISE)
+    )
+    x = NOISE(0)
+    for s, t in zip(ts[1:], ts[:-1], strict=True):
+        alpha, sigma = best.schedule(s)
+        pred = best(x, t)
+        x = alpha * pred.x0 + sigma * pred.eps
+    torch.testing.assert_close(dpmpp_2m(best, NOISE(0), ts), x)
+
+
+def test_float32_stays_float32_and_near():
+    best, ts = GMMDenoiser(MIXTURE, CosineSchedule()), edm_grid(CosineSchedule(), 20, 0.02, 80)
+    for run in RUNS.values():
+        want = run(best, NOISE(0), ts, noise=NOISE)
+        got = run(best, NOISE(0).float(), ts, noise=Noise(range(20), (2,)))
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-3)  # 2²⁴ · 80 and what the walk makes of it
+
+
+def test_time_at_is_the_inverse():
+    t = torch.linspace(0.01, 0.99, 50, dtype=F64)
+    for schedule in SCHEDULES.values():
+        torch.testing.assert_close(time_at(schedule, schedule.logsnr(t)), t, rtol=0, atol=1e-9)
+        assert time_at(schedule, torch.tensor([-1e3, 1e3])).tolist()[0] == 1.0
+    assert time_at(EDMSchedule(), torch.tensor(1e3)) == 0
+
+
+def test_ode_steps_compose_while_the_guess_is_held():
+    for schedule in SCHEDULES.values():
+        t, m, s = (torch.tensor([v], dtype=F64) for v in (0.8, 0.5, 0.3))
+        (a1, b1, h1), (a2, b2, h2) = ode_steps(schedule, m, t), ode_steps(schedule, s, m)
+        a, b, h = ode_steps(schedule, s, t)
+        torch.testing.assert_close(
+            torch.stack([a1 * a2, a2 * b1 + b2, h1 + h2]), torch.stack([a, b, h]), rtol=1e-9, atol=1e-12
+        )
+
+
+# bad input
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_bad_input(kind):
+    run, best = RUNS[kind], GMMDenoiser(MIXTURE, VPSchedule())
+    for ts in (time_grid(5).flip(0), torch.ones(3), torch.ones(1), torch.tensor([0.5, 0.5])):
+        with pytest.raises(ValueError, match="times that fall"):
+            run(best, NOISE(0), ts, noise=NOISE)
+    with pytest.raises(ValueError, match=r"expected times in \[0, 1\]"):
+        run(best, NOISE(0), 2 * time_grid(5), noise=NOISE)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        run(best, NOISE(0) / 0, time_grid(5), noise=NOISE)
+    with pytest.raises(ValueError, match="shaped like x"):
+        run(best, NOISE(0)[:3], time_grid(5), noise=NOISE)
+
+
+def test_bad_options():
+    best = GMMDenoiser(MIXTURE, EDMSchedule())
+    with pytest.raises(ValueError, match="a source of noise"):
+        heun(best, NOISE(0), time_grid(5), s_churn=1.0)
+    with pytest.raises(ValueError, match="s_churn >= 0"):
+        heun(best, NOISE(0), time_grid(5), noise=NOISE, s_churn=-1.0)
+    with pytest.raises(TypeError, match="noise"):
+        dpmpp_2m_sde(best, NOISE(0), time_grid(5))
+    for smallest, largest in ((0.001, 80), (0.01, 81), (3, 2)):
+        with pytest.raises(ValueError, match="the range of sigma/alpha"):
+            edm_grid(EDMSchedule(), 5, smallest, largest)
