@@ -18,21 +18,12 @@ from diffusion_nb.core import Noise
 from diffusion_nb.denoiser import Clip, NetDenoiser
 from diffusion_nb.forward import DDPMSchedule, linear_betas
 from diffusion_nb.nets.unet import UNet
+from diffusion_nb.samplers.ddim import ddim
 from diffusion_nb.samplers.ddpm import ddpm, time_grid
-from diffusion_nb.samplers.solvers import dpmpp_2m, edm_grid, ode_steps
+from diffusion_nb.samplers.solvers import dpmpp_2m, edm_grid
 
 SHAPE = (3, 32, 32)
 SCHEDULE = DDPMSchedule(linear_betas(1000))
-
-
-@torch.no_grad()
-def ddim(denoiser, x, ts, *, noise=None):
-    "A stand-in for `from diffusion_nb.samplers.ddim import ddim`."
-    ts = ts.to(x.device, torch.float64)
-    steps = zip(*(v.tolist() for v in ode_steps(denoiser.schedule, ts[1:], ts[:-1])), strict=True)
-    for t, (a, b, _) in zip(ts[:-1], steps, strict=True):
-        x = torch.add(a * x, denoiser(x, t).x0, alpha=b)
-    return x
 
 
 RUNS = {

@@ -14,7 +14,8 @@ from diffusion_nb.core import Noise
 from diffusion_nb.denoiser import Denoiser, NetDenoiser, Pred
 from diffusion_nb.forward import DDPMSchedule, linear_betas
 from diffusion_nb.posterior import posterior_steps
-from diffusion_nb.samplers.ddpm import check_sampling, ddpm, time_grid
+from diffusion_nb.samplers.ddim import ddim
+from diffusion_nb.samplers.ddpm import ddpm, time_grid
 from diffusion_nb.samplers.solvers import dpmpp_2m, dpmpp_2m_sde, heun, ode_steps
 
 N, SHAPE = 1000, (3, 32, 32)
@@ -96,19 +97,6 @@ def with_smalldiffusion():
 # the solvers
 
 
-@torch.no_grad()
-def ddim(denoiser, x, ts, *, noise=None, callback=None, **cond):
-    "A stand-in for `from diffusion_nb.samplers.ddim import ddim`."
-    check_sampling(x, ts, noise)
-    steps = zip(*(v.tolist() for v in ode_steps(denoiser.schedule, ts[1:], ts[:-1])), strict=True)
-    for i, (t, (a, b, _)) in enumerate(zip(ts[:-1], steps, strict=True)):
-        pred = denoiser(x, t, **cond)
-        x = torch.add(a * x, pred.x0, alpha=b)
-        if callback:
-            callback(i, x, pred)
-    return x
-
-
 def numbers(ts):
     "Python numbers for the bare loops: what turns noise into x0, and the steps."
     alpha, sigma = schedule(ts)
@@ -185,7 +173,7 @@ def solvers():
     guess, zero = ZeroGuess(), Zeros()
     return {
         "DDIM: bare loop": lambda: bare_ddim(zero, x_T, ts),
-        "DDIM: diffusion_nb (stand-in)": lambda: ddim(guess, x_T, ts),
+        "DDIM: diffusion_nb": lambda: ddim(guess, x_T, ts),
         "DDIM: diffusers DDIMScheduler": lambda: their_solver("DDIMScheduler", clip_sample=False),
         "DDIM: azula DDIMSampler": lambda: azula_solver("DDIMSampler"),
         "DDIM: smalldiffusion samples": smalldiffusion_ddim,

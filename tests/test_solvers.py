@@ -11,8 +11,9 @@ from diffusion_nb.core import Noise
 from diffusion_nb.data import GaussianMixture, random_mixture
 from diffusion_nb.denoiser import Denoiser, GMMDenoiser, Pred
 from diffusion_nb.forward import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
+from diffusion_nb.samplers.ddim import time_at
 from diffusion_nb.samplers.ddpm import ddpm, energy_distance, time_grid, typicality
-from diffusion_nb.samplers.solvers import dpmpp_2m, dpmpp_2m_sde, edm_grid, heun, ode_steps, time_at
+from diffusion_nb.samplers.solvers import dpmpp_2m, dpmpp_2m_sde, edm_grid, heun, ode_steps
 
 F64 = torch.float64
 CHAIN = DDPMSchedule(linear_betas(1000))
