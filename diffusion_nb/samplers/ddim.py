@@ -63,7 +63,7 @@ def _check_eta(eta: float, small: Tensor, sigma: Tensor, noise: Callable | None)
     if eta > 0 and noise is None:
         raise ValueError("noise: eta > 0 adds fresh noise, so say which, such as noise=Noise(seeds, shape)")
 
-# %% ../../nbs/11_ddim.ipynb #7931866e
+# %% ../../nbs/11_ddim.ipynb #6ab2ca13
 def quadratic_grid(n: int) -> Float[Tensor, " n+1"]:
     "n steps from 1 to 0 that shorten towards the data: t = (i/n)², in float64. (DDIM, appendix D.2)"
     return time_grid(n) ** 2
