@@ -4,7 +4,7 @@
 __all__ = ['chosen', 'execute', 'web_page', 'title', 'index_page', 'run', 'train', 'device_name', 'write_json', 'load_model',
            'sample', 'bits', 'data', 'artifacts', 'ledger', 'parser', 'main']
 
-# %% ../nbs/cli.ipynb #e95781a6
+# %% ../nbs/cli.ipynb #c15420bf
 import argparse
 import copy
 import json
@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/cli.ipynb #e3d187f5
@@ -121,7 +122,7 @@ def run(args) -> int:
     print(f"open {out / 'index.html'}")
     return 1 if failed else 0
 
-# %% ../nbs/cli.ipynb #adba425b
+# %% ../nbs/cli.ipynb #93ec4857
 def train(args) -> int:
     import torch
     from safetensors.torch import save_file
@@ -209,7 +210,9 @@ def sample(args) -> int:
     from diffusion_nb.data import picture_grid
     from diffusion_nb.denoiser import Clip
     from diffusion_nb.elbo import large, small
+    from diffusion_nb.samplers.ddim import ddim, logsnr_grid, time_at
     from diffusion_nb.samplers.ddpm import ddpm, time_grid
+    from diffusion_nb.samplers.solvers import dpmpp_2m
 
     device = torch.device(args.device) if args.device else default_device()
     model, r, shape = load_model(args.model)
@@ -226,14 +229,20 @@ def sample(args) -> int:
         {"small": small, "large": large}[args.variance],
         time.perf_counter(),
     )
+    run, ts = (
+        {"ddpm": partial(ddpm, var=var), "ddim": ddim, "dpmpp_2m": dpmpp_2m}[args.sampler],
+        time_grid(args.steps),
+    )
+    if args.sampler == "dpmpp_2m":  # the grid of notebook 12: even log SNR from -6 to 2, then the guess
+        ts = logsnr_grid(model.schedule, args.steps, *time_at(model.schedule, [2.0, -6.0]).tolist())
     labels = torch.arange(args.n) % r["classes"] if r["classes"] else torch.zeros(args.n, dtype=torch.long)
     labels = labels if args.label is None else torch.full((args.n,), args.label)
     seeds, parts = torch.arange(args.n) + args.seed, []
-    sigma = model.schedule(torch.ones(()))[1].item()
+    sigma = model.schedule(ts[0])[1].item()
     for i in tqdm(range(0, args.n, args.batch), desc="sampling", unit="batch"):
         noise = Noise(seeds[i : i + args.batch], shape, device)
         cond = {"y": labels[i : i + args.batch].to(device)} if r["classes"] else {}
-        parts.append(ddpm(model, sigma * noise(0), time_grid(args.steps), noise=noise, var=var, **cond).cpu())
+        parts.append(run(model, sigma * noise(0), ts, noise=noise, **cond).cpu())
     x, out = torch.cat(parts), Path(args.out)
     tensors = {"x": x, "seed": seeds} | ({"y": labels} if r["classes"] else {})
     write_atomically(out / "samples.safetensors", lambda p: save_file(tensors, p))
@@ -285,7 +294,7 @@ def bits(args) -> int:
     print(f"{result}\nwrote {out}")
     return 0
 
-# %% ../nbs/cli.ipynb #befc2363
+# %% ../nbs/cli.ipynb #bff96679
 def data(args) -> int:
     from diffusion_nb.data import DATA_SETS, data_set
 
@@ -345,7 +354,7 @@ def ledger(args) -> int:
     print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
     return 1 if missing else 0
 
-# %% ../nbs/cli.ipynb #7f82743b
+# %% ../nbs/cli.ipynb #d8c5df9e
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="diffusion-nb", description="Diffusion models: run the book, train, draw.",
                                 epilog="Start with `diffusion-nb run`, or draw digits at once with `diffusion-nb sample`.")  # fmt: skip
@@ -389,7 +398,10 @@ def parser() -> argparse.ArgumentParser:
                 label=("draw this class only (default: all in turn)", int), batch=("at a time; does not change the pictures", 256),
                 out=("folder to write", "runs/samples"), device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
     c.add_argument(
-        "--sampler", choices=["ddpm"], default="ddpm", help="how to walk from noise to pictures (default: ddpm)"
+        "--sampler",
+        choices=["ddpm", "ddim", "dpmpp_2m"],
+        default="ddpm",
+        help="how to walk from noise to pictures: ddpm, or with few steps, such as --steps 20, ddim or dpmpp_2m (default: ddpm)",
     )
     c.add_argument(
         "--variance",
