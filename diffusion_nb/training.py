@@ -5,7 +5,7 @@ __all__ = ['SCHEDULES', 'TARGETS', 'RECIPE', 'warmup_cosine', 'warmup_constant',
            'deferred_interrupt', 'Trainer', 'flip_half', 'recipe', 'recipe_denoiser', 'recipe_trainer', 'judge_digits',
            'animate', 'train_digits', 'digit_denoiser']
 
-# %% ../nbs/07_ddpm.ipynb #749f5863
+# %% ../nbs/07_ddpm.ipynb #bd01f87b
 import contextlib
 import copy
 import json
@@ -41,6 +41,7 @@ from diffusion_nb.data import (
     digits,
     frechet_distance,
     nearest_distance,
+    picture_grid,
     recognised,
 )
 from diffusion_nb.denoiser import (

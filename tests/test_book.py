@@ -1,6 +1,9 @@
 """What holds the book together: library and README come from the notebooks, outputs are stored, claims are listed."""
 
 import ast
+import builtins
+import dis
+import importlib
 import re
 import shutil
 import subprocess
@@ -9,6 +12,7 @@ import tempfile
 import tomllib
 from collections import Counter
 from pathlib import Path
+from types import CodeType
 
 import nbformat
 import pytest
@@ -40,6 +44,14 @@ def name_of(call: ast.Call) -> str:
     return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
 
 
+MODULES = {
+    f"diffusion_nb.{module}": stem
+    for stem in NOTEBOOKS
+    for _, cell in code_cells(stem)
+    for module in EXPORTS.findall(cell.source)
+}
+
+
 # the library
 
 
@@ -61,6 +73,27 @@ def test_library_is_what_the_notebooks_export(tmp_path):
     assert not leftover, f"no notebook exports these, delete them: {leftover}"
     differ = sorted(str(p) for p in want if want[p] != have.get(p))
     assert not differ, f"run make export; not what nbs/ exports: {differ}"
+
+
+def all_code(code: CodeType):
+    "A code object and those inside it."
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from all_code(inner)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_library_knows_every_name_that_it_uses(name):
+    "A notebook has imports that its module may lack."
+    module = importlib.import_module(name)
+    read = [
+        i.argval
+        for code in all_code(compile(Path(module.__file__).read_text(), name, "exec"))
+        for i in dis.get_instructions(code)
+        if i.opname == "LOAD_GLOBAL"
+    ]
+    assert not [n for n in read if not hasattr(module, n) and not hasattr(builtins, n)]
 
 
 # the stored outputs
@@ -117,14 +150,6 @@ def test_stored_outputs_hold_no_error_and_no_path(stem):
 
 
 # the order of the notebooks
-
-
-MODULES = {
-    f"diffusion_nb.{module}": stem
-    for stem in NOTEBOOKS
-    for _, cell in code_cells(stem)
-    for module in EXPORTS.findall(cell.source)
-}
 
 
 def library_imports(cell):
