@@ -39,7 +39,7 @@ def splitmix64(z: Tensor) -> Tensor:
         z *= factor
     return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
 
-# %% ../nbs/00_core.ipynb #6938195a
+# %% ../nbs/00_core.ipynb #043bbccd
 class Noise:
     """Standard normal noise as a function of (seed, step): `noise(k)` has shape (len(seeds), *shape).
 
@@ -78,7 +78,7 @@ class Noise:
         normals = torch.cat([angle.cos().mul_(r), angle.sin_().mul_(r)], dim=1)
         return normals[:, : self.size].reshape(-1, *self.shape).to(self.dtype)
 
-# %% ../nbs/00_core.ipynb #94f10d18
+# %% ../nbs/00_core.ipynb #886c14e5
 def default_device() -> torch.device:
     "The GPU where there is one, else the CPU."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,6 +92,7 @@ def like(a: Tensor, x: Tensor) -> Tensor:
 def check_time(t: Tensor) -> None:
     "Raise ValueError unless every t is in [0, 1]. (On a GPU nothing is checked: looking would stall it.)"
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+        t = t.detach()
         low, high = (float(v) for v in (t.aminmax() if t.ndim else (t, t)))
         if not 0 <= low <= high <= 1:
             raise ValueError(
@@ -137,7 +138,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         draft.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #f3cbc2d8
+# %% ../nbs/00_core.ipynb #3adbe25e
 def ints(text: str) -> tuple[int, ...]:
     "'1, 2, 2' → (1, 2, 2): a settings type."
     return tuple(int(v) for v in text.split(","))
@@ -199,7 +200,7 @@ def _parse(section: str, key: str, text: str, kind: Callable):
     except ValueError:
         raise ValueError(f"settings [{section}]: {key} = {text!r} is not a valid {kind.__name__}") from None
 
-# %% ../nbs/00_core.ipynb #42714bfd
+# %% ../nbs/00_core.ipynb #c55136d6
 class Evidence(NamedTuple):
     "What a check found: its kind, whether it holds, and the numbers behind that."
 
@@ -293,7 +294,7 @@ def erratum(id: str, *, printed: Evidence, right: Evidence, where: str, prints: 
         raise ClaimError(f"{id} ({holds}) does not hold, {right.kind}: {right.detail}")
     print(f"✗→✓ {id} {where}: not {prints}, but {holds} · {', '.join(dict.fromkeys((printed.kind, right.kind)))}")
 
-# %% ../nbs/00_core.ipynb #75953f20
+# %% ../nbs/00_core.ipynb #b083437c
 def _parts(obj) -> list[FunctionType]:
     "The functions that make up a function or a class (what dataclass and NamedTuple generate aside)."
     members = [obj] if isinstance(obj, FunctionType) else vars(obj).values()

@@ -42,7 +42,7 @@ class Pred(NamedTuple):
     def score(self) -> Float[Tensor, "b *d"]:
         return -self.eps / self.sigma
 
-# %% ../nbs/04_denoiser.ipynb #a5800682
+# %% ../nbs/04_denoiser.ipynb #ec52a7f1
 def predict_x0(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     "(c_skip, c_out) for a network that predicts the picture."
     return torch.zeros_like(alpha), torch.ones_like(alpha)
@@ -63,7 +63,7 @@ def predict_score(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     "(c_skip, c_out) for a network that predicts the score, -eps / sigma; not where alpha = 0."
     return 1 / alpha, sigma**2 / alpha
 
-# %% ../nbs/04_denoiser.ipynb #442df7c4
+# %% ../nbs/04_denoiser.ipynb #b34b2ee0
 class Denoiser(nn.Module):
     "(x_t, t, **cond) ↦ Pred, for one `schedule`. t: one time for all samples, or one for each, above 0."
 
@@ -83,7 +83,7 @@ class NetDenoiser(Denoiser):
 
     Parameters
     ----------
-    net: called as net(x_t, time (B,), **cond); the output is shaped like x_t.
+    net: called as net(x_t, time (B,), **cond); the output is shaped like x_t, or has twice its channels, the second half of which becomes `aux`.
     predict: what the output means: a row (alpha, sigma) ↦ (c_skip, c_out) such as `predict_eps`, `predict_v`.
     c_in: (alpha, sigma) ↦ the scale of the network's input, where it is not 1 (VE and EDM schedules need one).
     c_noise: t ↦ the time as the network is told it.
@@ -103,9 +103,10 @@ class NetDenoiser(Denoiser):
         c_skip, c_out = self.predict(alpha, sigma)
         scaled = x_t if self.c_in is None else self.c_in(alpha, sigma) * x_t
         out = self.net(scaled, self.c_noise(t).float().expand(len(x_t)), **cond)
-        if out.shape != x_t.shape:
-            raise ValueError(f"the network returned {tuple(out.shape)} for pictures {tuple(x_t.shape)}")
-        return Pred(x_t, alpha, sigma, torch.addcmul(c_skip * x_t, c_out, out.to(x_t.dtype)))
+        first, *aux = out.to(x_t.dtype).split(x_t.shape[1], dim=1)
+        if any(part.shape != x_t.shape for part in (first, *aux)) or len(aux) > 1:
+            raise ValueError(f"the network returned {tuple(out.shape)} for pictures {tuple(x_t.shape)}: expected as many channels, or twice as many")  # fmt: skip
+        return Pred(x_t, alpha, sigma, torch.addcmul(c_skip * x_t, c_out, first), *aux)
 
 
 class Clip(Denoiser):
@@ -136,7 +137,7 @@ def denoising_loss(denoiser: Denoiser, x0: Float[Tensor, "b *d"], t: Float[Tenso
     pred = denoiser(q_sample(denoiser.schedule, x0, t, eps), t, **cond)
     return weight(denoiser.schedule, t).to(x0.dtype) * (pred.x0 - x0).square().flatten(1).mean(1)
 
-# %% ../nbs/04_denoiser.ipynb #5b5d7017
+# %% ../nbs/04_denoiser.ipynb #6bd5acd6
 class GMMDenoiser(Denoiser):
     """The exact denoiser E[x0 | x_t] for data from a Gaussian mixture: the oracle of every test in this book.
 

@@ -5,7 +5,7 @@ __all__ = ['SCHEDULES', 'TARGETS', 'RECIPE', 'warmup_cosine', 'warmup_constant',
            'deferred_interrupt', 'Trainer', 'flip_half', 'recipe', 'recipe_denoiser', 'recipe_trainer', 'judge_digits',
            'animate', 'train_digits', 'digit_denoiser']
 
-# %% ../nbs/07_ddpm.ipynb #bd01f87b
+# %% ../nbs/07_ddpm.ipynb #3b710d76
 import contextlib
 import copy
 import json
@@ -92,7 +92,7 @@ def deferred_interrupt():
     finally:
         signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/07_ddpm.ipynb #ac44cde5
+# %% ../nbs/07_ddpm.ipynb #43a74b53
 class Trainer:
     """Fits a denoiser to pictures: `Trainer(denoiser, x0, …).fit()` returns a copy with averaged weights. (DDPM-A1)
 
@@ -101,7 +101,7 @@ class Trainer:
     denoiser: trained in place. x0: the data, (n, …), finite; kept on the device.
     steps, batch, lr: how many steps, pictures a step, and k ↦ learning rate (such as `warmup_cosine(3e-3, 100, steps)`).
     cond: what belongs to each picture, e.g. {"y": labels}. With `null`, label y is replaced by it with probability `drop`.
-    times: u ↦ t (`continuous_times`, `chain_times(T)`). loss: as `denoising_loss`, one number a sample.
+    times: u ↦ t (`continuous_times`, `chain_times(T)`); if a module, its buffers are kept in the checkpoint. loss: as `denoising_loss`, one number a sample.
     augment: (pictures, uniform numbers (b,)) ↦ pictures, such as `flip_half`.
     ema: the decay of the averaged weights. clip: the largest gradient norm. betas: of AdamW. seed: of everything.
     device: the GPU if there is one. bf16: autocast. compile: torch.compile the network.
@@ -125,6 +125,7 @@ class Trainer:
         self.device = torch.device(device) if device else default_device()
         self.steps, self.lr, self.batch, self.null, self.drop, self.times = steps, lr, batch, null, drop, times
         self.loss, self.augment, self.decay, self.clip, self.seed, self.bf16 = loss, augment, ema, clip, seed, bf16
+        self.memory = times.to(self.device).state_dict(prefix="times.") if isinstance(times, nn.Module) else {}
         on_gpu = self.device.type == "cuda"
         layout = torch.channels_last if on_gpu and x0.ndim == 4 else torch.preserve_format
         self.denoiser = denoiser.to(self.device, memory_format=layout).train()
@@ -223,6 +224,7 @@ class Trainer:
             for part, values in parts.items()
             for name, v in zip(self.names, values, strict=True)
         }
+        tensors |= {name: v.clone() for name, v in self.memory.items()}
         about = dict(step=str(self.step), run=json.dumps(self._run()), losses=json.dumps(self.losses))
         write_atomically(self.checkpoint, lambda path: save_file(tensors, path, metadata=about))
 
@@ -234,8 +236,9 @@ class Trainer:
         except SafetensorError as e:
             raise ValueError(f"{self.checkpoint} is damaged ({e}); delete it to start again") from e
         saved, now = json.loads(about["run"]), self._run()
-        expected = {f"net.{name}": p.shape for name, p in zip(self.names, self.params, strict=True)}
-        found = {k: v.shape for k, v in tensors.items() if k.startswith("net.")}
+        own = {f"net.{name}": p for name, p in zip(self.names, self.params, strict=True)} | self.memory
+        expected = {name: v.shape for name, v in own.items()}
+        found = {k: v.shape for k, v in tensors.items() if k.startswith(("net.", "times."))}
         if saved != now or found != expected:
             differ = [f"{k} {saved.get(k)} → {now[k]}" for k in now if saved.get(k) != now[k]]
             differ += sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))[:5]
@@ -244,6 +247,8 @@ class Trainer:
             )
         self.step, self.losses = int(about["step"]), [tuple(row) for row in json.loads(about["losses"])]
         with torch.no_grad():
+            for name, v in self.memory.items():
+                v.copy_(tensors[name])
             for name, p, average in zip(self.names, self.params, self.averages, strict=True):
                 p.copy_(tensors[f"net.{name}"])
                 average.copy_(tensors[f"average.{name}"])

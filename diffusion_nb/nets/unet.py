@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['time_embedding', 'zero', 'norm', 'ResBlock', 'Attention', 'Down', 'Up', 'UNet', 'parameters']
 
-# %% ../../nbs/06_unet.ipynb #e7600ae7
+# %% ../../nbs/06_unet.ipynb #29b3e972
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ def time_embedding(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b {dim}"]
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(t.dtype)
 
-# %% ../../nbs/06_unet.ipynb #32333b7a
+# %% ../../nbs/06_unet.ipynb #d4d36055
 def zero(layer: nn.Module) -> nn.Module:
     "The layer with its weights and biases set to zero."
     for p in layer.parameters():
@@ -36,27 +37,41 @@ def norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    "Two normalised 3×3 convolutions around an input of the time, added to what came in. (SUR-unet, IMP-unet)"
+    """Two normalised 3×3 convolutions around an input of the time, added to what came in. (SUR-unet, IMP-unet, SUR-adm)
 
-    def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float = 0.0):
+    scale_shift: the time scales and shifts the second normalisation, instead of being added before it.
+    resize: a change of size before the first convolution and beside it. rescale: the sum is divided by √2.
+    """
+
+    def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float = 0.0, scale_shift: bool = False,
+                 resize: nn.Module | None = None, rescale: bool = False):  # fmt: skip
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time = nn.Linear(c_time, c_out)
+        self.time = nn.Linear(c_time, 2 * c_out if scale_shift else c_out)
         self.norm2, self.conv2 = norm(c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.scale_shift, self.resize, self.rescale = scale_shift, resize or nn.Identity(), rescale
 
-    def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]) -> Float[Tensor, "b d h w"]:
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(emb)[:, :, None, None]
-        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+    def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]) -> Float[Tensor, "b d h2 w2"]:
+        h, time = self.conv1(self.resize(F.silu(self.norm1(x)))), self.time(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        total = self.skip(self.resize(x)) + self.conv2(self.dropout(F.silu(h)))
+        return total * 0.5**0.5 if self.rescale else total
 
 
 class Attention(nn.Module):
-    "Every pixel attends to every pixel, added to what came in; heads of `head_width` channels (0: one head). (SUR-unet)"
+    "Every pixel attends to every pixel, added to what came in (and divided by √2); heads of `head_width` channels (0: one head). (SUR-unet)"
 
-    def __init__(self, channels: int, head_width: int = 0):
+    def __init__(self, channels: int, head_width: int = 0, rescale: bool = False):
         super().__init__()
-        self.heads = channels // (head_width or channels)
+        if head_width and channels % head_width:
+            raise ValueError(f"head_width: {channels} channels do not part into heads of {head_width}")
+        self.heads, self.rescale = channels // (head_width or channels), rescale
         self.norm, self.qkv = norm(channels), nn.Linear(channels, 3 * channels)
         self.out = zero(nn.Linear(channels, channels))
 
@@ -66,7 +81,8 @@ class Attention(nn.Module):
             self.qkv(pixels), "b n (three heads c) -> three b heads n c", three=3, heads=self.heads
         )
         mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b n (heads c)")
-        return x + rearrange(self.out(mixed), "b (h w) c -> b c h w", h=x.shape[2])
+        total = x + rearrange(self.out(mixed), "b (h w) c -> b c h w", h=x.shape[2])
+        return total * 0.5**0.5 if self.rescale else total
 
 
 class Down(nn.Module):
@@ -90,7 +106,7 @@ class Up(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 2*h 2*w"]:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-# %% ../../nbs/06_unet.ipynb #3b023981
+# %% ../../nbs/06_unet.ipynb #69ad060b
 class UNet(nn.Module):
     """The U-Net of DDPM: `UNet()` is its CIFAR-10 network, 35,746,307 parameters. (IMP-unet, SUR-unet)
 
@@ -102,11 +118,14 @@ class UNet(nn.Module):
     attention: the levels that attend; the middle always does. head_width: channels a head (0: one head).
     classes: the number of labels y; y = classes means "any".
     dropout: inside the residual blocks. patch: pixels folded into channels, patch × patch.
+    scale_shift, biggan, rescale: ADM's changes: the time as scale and shift of a normalisation, residual blocks that change
+    the size instead of single convolutions, and residual sums divided by √2. (SUR-adm)
     """
 
     def __init__(self, channels: int = 3, width: int = 128, mults: Sequence[int] = (1, 2, 2, 2), blocks: int = 2,
                  attention: Sequence[int] = (1,), head_width: int = 0, classes: int = 0, dropout: float = 0.0,
-                 patch: int = 1, channels_out: int = 0):  # fmt: skip
+                 patch: int = 1, channels_out: int = 0, scale_shift: bool = False, biggan: bool = False,
+                 rescale: bool = False):  # fmt: skip
         super().__init__()
         if width % 4 or not set(attention) <= set(range(len(mults))):
             raise ValueError(f"expected a width that is a multiple of 4, and attention at levels 0 to {len(mults) - 1}; "
@@ -117,10 +136,15 @@ class UNet(nn.Module):
         )
         self.label = nn.Embedding(classes + 1, width) if classes else None
 
+        block = partial(ResBlock, c_time=4 * width, dropout=dropout, scale_shift=scale_shift, rescale=rescale)
+
         def level(i, c_in):
             c = width * mults[i]
-            attend = Attention(c, head_width) if i in attention else nn.Identity()
-            return nn.ModuleList([ResBlock(c_in, c, 4 * width, dropout), attend])
+            attend = Attention(c, head_width, rescale) if i in attention else nn.Identity()
+            return nn.ModuleList([block(c_in, c), attend])
+
+        def resized(c, resize):
+            return nn.ModuleList([block(c, c, resize=resize), nn.Identity()])
 
         c, pile, self.down = width, [width], nn.ModuleList()
         self.stem = nn.Conv2d(channels * patch**2, width, 3, padding=1)
@@ -130,18 +154,16 @@ class UNet(nn.Module):
                 c = width * mults[i]
                 pile.append(c)
             if i + 1 < len(mults):
-                self.down.append(Down(c))
+                self.down.append(resized(c, nn.AvgPool2d(2)) if biggan else Down(c))
                 pile.append(c)
-        self.middle = nn.ModuleList(
-            [ResBlock(c, c, 4 * width, dropout), Attention(c, head_width), ResBlock(c, c, 4 * width, dropout)]
-        )
+        self.middle = nn.ModuleList([block(c, c), Attention(c, head_width, rescale), block(c, c)])
         self.up = nn.ModuleList()
         for i in reversed(range(len(mults))):
             for _ in range(blocks + 1):
                 self.up.append(level(i, c + pile.pop()))
                 c = width * mults[i]
             if i > 0:
-                self.up.append(Up(c))
+                self.up.append(resized(c, nn.Upsample(scale_factor=2.0)) if biggan else Up(c))
         self.head = nn.Sequential(
             norm(c), nn.SiLU(), zero(nn.Conv2d(c, (channels_out or channels) * patch**2, 3, padding=1))
         )
