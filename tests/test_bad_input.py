@@ -197,6 +197,37 @@ def test_rows_that_do_not(row):
     assert torch.equal(pred.x0, noise if row is predict_x0 else -noise)
 
 
+class Repeats(nn.Module):
+    "The picture, and its multiples, one after the other along the channels."
+
+    def __init__(self, *factors: float):
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x, t):
+        return torch.cat([f * x for f in self.factors], dim=1)
+
+
+def test_a_network_may_return_twice_the_channels():
+    noise = Noise(range(4), (3, 8, 8))(0)
+    pred = NetDenoiser(Repeats(1.0, 2.0), CHAIN, predict_x0)(noise, T(0.5))
+    assert torch.equal(pred.x0, noise) and torch.equal(pred.aux, 2 * noise)
+    assert NetDenoiser(Repeats(1.0), CHAIN, predict_x0)(noise, T(0.5)).aux is None
+    with refused("(4, 9, 8, 8)", "(4, 3, 8, 8)", "as many channels, or twice as many"):
+        NetDenoiser(Repeats(1.0, 2.0, 3.0), CHAIN, predict_x0)(noise, T(0.5))
+
+
+def test_a_network_with_every_option_runs_up_and_down():
+    net = UNet(1, 16, (1, 2, 2), 1, (1,), head_width=8, scale_shift=True, biggan=True, rescale=True, channels_out=2)
+    out = net(Noise(range(2), (1, 8, 8))(0), T([3.0, 5.0]))
+    assert out.shape == (2, 2, 8, 8) and not out.any()  # the last layer starts at zero
+
+
+def test_heads_that_do_not_part_the_channels():
+    with refused("head_width: 16 channels do not part into heads of 3"):
+        UNet(1, 16, (1, 2), 1, (0,), head_width=3)
+
+
 def test_denoisers_refuse_times_outside_0_1():
     for denoiser, x_t in (
         (NetDenoiser(Same(), CHAIN), x),

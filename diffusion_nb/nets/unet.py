@@ -23,7 +23,7 @@ def time_embedding(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b {dim}"]
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(t.dtype)
 
-# %% ../../nbs/06_unet.ipynb #d4d36055
+# %% ../../nbs/06_unet.ipynb #6fa830c7
 def zero(layer: nn.Module) -> nn.Module:
     "The layer with its weights and biases set to zero."
     for p in layer.parameters():
@@ -92,7 +92,7 @@ class Down(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h/2 w/2"]:
+    def forward(self, x: Float[Tensor, "b c h w"], emb: Tensor | None = None) -> Float[Tensor, "b c h/2 w/2"]:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -103,10 +103,10 @@ class Up(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 2*h 2*w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], emb: Tensor | None = None) -> Float[Tensor, "b c 2*h 2*w"]:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-# %% ../../nbs/06_unet.ipynb #69ad060b
+# %% ../../nbs/06_unet.ipynb #89a5943a
 class UNet(nn.Module):
     """The U-Net of DDPM: `UNet()` is its CIFAR-10 network, 35,746,307 parameters. (IMP-unet, SUR-unet)
 
@@ -143,9 +143,6 @@ class UNet(nn.Module):
             attend = Attention(c, head_width, rescale) if i in attention else nn.Identity()
             return nn.ModuleList([block(c_in, c), attend])
 
-        def resized(c, resize):
-            return nn.ModuleList([block(c, c, resize=resize), nn.Identity()])
-
         c, pile, self.down = width, [width], nn.ModuleList()
         self.stem = nn.Conv2d(channels * patch**2, width, 3, padding=1)
         for i in range(len(mults)):
@@ -154,7 +151,7 @@ class UNet(nn.Module):
                 c = width * mults[i]
                 pile.append(c)
             if i + 1 < len(mults):
-                self.down.append(resized(c, nn.AvgPool2d(2)) if biggan else Down(c))
+                self.down.append(block(c, c, resize=nn.AvgPool2d(2)) if biggan else Down(c))
                 pile.append(c)
         self.middle = nn.ModuleList([block(c, c), Attention(c, head_width, rescale), block(c, c)])
         self.up = nn.ModuleList()
@@ -163,7 +160,7 @@ class UNet(nn.Module):
                 self.up.append(level(i, c + pile.pop()))
                 c = width * mults[i]
             if i > 0:
-                self.up.append(resized(c, nn.Upsample(scale_factor=2.0)) if biggan else Up(c))
+                self.up.append(block(c, c, resize=nn.Upsample(scale_factor=2.0)) if biggan else Up(c))
         self.head = nn.Sequential(
             norm(c), nn.SiLU(), zero(nn.Conv2d(c, (channels_out or channels) * patch**2, 3, padding=1))
         )
@@ -176,12 +173,15 @@ class UNet(nn.Module):
         h = self.stem(F.pixel_unshuffle(x, self.patch))
         pile = [h]
         for layer in self.down:
-            h = layer(h) if isinstance(layer, Down) else layer[1](layer[0](h, emb))
+            h = layer[1](layer[0](h, emb)) if isinstance(layer, nn.ModuleList) else layer(h, emb)
             pile.append(h)
         first, attend, second = self.middle
         h = second(attend(first(h, emb)), emb)
         for layer in self.up:
-            h = layer(h) if isinstance(layer, Up) else layer[1](layer[0](torch.cat([h, pile.pop()], dim=1), emb))
+            if isinstance(layer, nn.ModuleList):
+                h = layer[1](layer[0](torch.cat([h, pile.pop()], dim=1), emb))
+            else:
+                h = layer(h, emb)
         return F.pixel_shuffle(self.head(h), self.patch)
 
     def _check(self, x, y):
