@@ -218,7 +218,9 @@ def test_a_network_may_return_twice_the_channels():
 
 
 def test_a_network_with_every_option_runs_up_and_down():
-    net = UNet(1, 16, (1, 2, 2), 1, (1,), head_width=8, scale_shift=True, biggan=True, rescale=True, channels_out=2)
+    net = UNet(
+        1, 16, (1, 2, 2), 1, (1,), head_width=8, scale_shift=True, biggan=True, rescale=True, channels_out=2
+    )
     out = net(Noise(range(2), (1, 8, 8))(0), T([3.0, 5.0]))
     assert out.shape == (2, 2, 8, 8) and not out.any()  # the last layer starts at zero
 
