@@ -7,18 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_nb.lossless import (
-    FLOOR,
-    WHOLE,
-    Grid,
-    LosslessCodec,
-    NormalTable,
-    Stack,
-    lossless_decode,
-    lossless_encode,
-    pop_pictures,
-    push_pictures,
-)
 from diffusion_nb.core import Noise
 from diffusion_nb.data import random_mixture
 from diffusion_nb.denoiser import GMMDenoiser, Pred
@@ -33,6 +21,18 @@ from diffusion_nb.forward import (
     q_sample,
 )
 from diffusion_nb.likelihood import discretised_log_prob, stop_early
+from diffusion_nb.lossless import (
+    FLOOR,
+    WHOLE,
+    Grid,
+    LosslessCodec,
+    NormalTable,
+    Stack,
+    lossless_decode,
+    lossless_encode,
+    pop_pictures,
+    push_pictures,
+)
 from diffusion_nb.posterior import q_posterior
 
 settings.register_profile("book", derandomize=True, deadline=None, database=None, max_examples=100)
