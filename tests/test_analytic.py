@@ -89,7 +89,9 @@ def test_the_paper_in_its_own_letters():
     bbar, ratio = 1 - abar, abar[:-1] / abar[1:]  # from noise to data; ratio: α_n of the strided chain
     lam2 = bbar[1:] / bbar[:-1] * (1 - ratio)
     score2 = found.gamma / bbar[:-1]
-    want = lam2 + ((bbar[:-1] / ratio).sqrt() - (bbar[1:] - lam2).sqrt()) ** 2 * (1 - bbar[:-1] * score2).clamp_min(0)
+    want = lam2 + ((bbar[:-1] / ratio).sqrt() - (bbar[1:] - lam2).sqrt()) ** 2 * (
+        1 - bbar[:-1] * score2
+    ).clamp_min(0)
     got = torch.tensor([analytic(found, -INF, INF)(None, step) for step in steps_of(schedule, ts)], dtype=F64)
     assert torch.allclose(got, want, rtol=1e-8)
 
