@@ -20,7 +20,7 @@ from .forward import Schedule, check_batch, q_sample
 from .likelihood import Bits
 from .posterior import Step, posterior_steps
 
-# %% ../nbs/15_analytic.ipynb #ac81aa31
+# %% ../nbs/15_analytic.ipynb #ecf3c523
 class Moments(NamedTuple):
     """What n guesses at each of the k times `ts` say about their own error. (UDM-analytic)
 
@@ -62,7 +62,10 @@ def expected_eps2(denoiser: Denoiser, x0: Float[Tensor, "n *d"], ts: Float[Tenso
     ts = ts[:-1].double() if len(ts) and ts[-1] == 0 else ts.double()
     seeds = range(len(x0)) if seeds is None else seeds
     if len(x0) < 2 or not len(ts) or not (ts > 0).all():
-        raise ValueError(f"expected two pictures or more, and times above 0; got {len(x0)} pictures, ts = {ts}")
+        raise ValueError(
+            f"expected two pictures or more, and times above 0; got {len(x0)} pictures and {len(ts)} times, "
+            f"the least {min(ts.tolist(), default=math.nan):g}"
+        )
     for name, values in {"seeds": seeds, **cond}.items():
         if len(values) != len(x0):
             raise ValueError(f"{name}: expected {len(x0)}, one for each picture; got {len(values)}")
