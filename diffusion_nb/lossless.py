@@ -105,7 +105,7 @@ def normal_tables(grid: Grid, mean: Tensor, var: Tensor | float) -> list[NormalT
         )
     return [NormalTable(grid, m, s) for m, s in zip(mean.flatten().tolist(), std.flatten().tolist(), strict=True)]
 
-# %% ../nbs/16_zip.ipynb #92cf91e2
+# %% ../nbs/16_zip.ipynb #13308a9d
 class Stage(NamedTuple):
     "What lies between z below and z above: q(above | below) = N(alpha · below, var), the step back, the grids of both."
 
@@ -157,10 +157,14 @@ class LosslessCodec(NamedTuple):
         narrow = torch.minimum(var, torch.cat([steps.small[1:], var[-1:]])).sqrt() * self.fineness
         reach = alpha + 6 * sigma
         half = 1 / (self.levels - 1)
-        grids = [Grid(-1 - half, 2 * half, self.levels)]
-        grids += [Grid(-r, d, math.ceil(2 * r / d)) for r, d in zip(reach.tolist(), narrow.tolist(), strict=True)]
-        steps = map(Step._make, zip(*(c.tolist() for c in steps), strict=True))
-        return [*map(Stage, shrink.tolist(), var.tolist(), steps, grids[:-1], grids[1:])]
+        stages, below = [], Grid(-1 - half, 2 * half, self.levels)
+        for k in range(len(ts) - 1):
+            r, width = reach[k].item(), narrow[k].item()
+            above = Grid(-r, width, math.ceil(2 * r / width))
+            step = Step(*(column[k].item() for column in steps))
+            stages.append(Stage(shrink[k].item(), var[k].item(), step, below, above))
+            below = above
+        return stages
 
     def above(self, stage: Stage, i: Tensor) -> list[NormalTable]:
         "Tables of q(above | below = bin i)."
