@@ -38,11 +38,9 @@ def learned(pred: Pred, step: Step) -> Tensor:
     frac = (pred.aux + 1) / 2
     return step.large * (step.small / step.large) ** (1 - frac)
 
-# %% ../nbs/14_iddpm.ipynb #2d293746
-LEVELS, NOISE = (
-    17,
-    0.058,
-)  # of the digits; how noisy they are where a chain that stops early hands over to its decoder
+# %% ../nbs/14_iddpm.ipynb #ea95cf84
+LEVELS = 17  # grey levels of the digits
+NOISE = 0.058  # the sigma at which a chain that stops early hands over to its decoder
 
 # %% ../nbs/14_iddpm.ipynb #ba769b44
 def hybrid_loss(steps: int, levels: int, weight: float = 0.001) -> Callable:
@@ -126,7 +124,7 @@ def weighted(loss: Callable, history: LossHistory) -> Callable:
 
     return remembered
 
-# %% ../nbs/14_iddpm.ipynb #4e73d059
+# %% ../nbs/14_iddpm.ipynb #ca6fd7d1
 BOUNDS = dict(T=int, width=int, steps=int, batch=int, lr=float, ema=float, seeds=int)
 
 
@@ -171,7 +169,7 @@ def bounds_trainer(r: dict, way: str, seed: int) -> Trainer:
                    lr=warmup_cosine(r["lr"], 100, r["steps"]), times=times, loss=loss, ema=r["ema"], betas=(0.9, 0.99),
                    cond={"y": data.y}, null=10, seed=seed, device="cpu")  # fmt: skip
 
-
+# %% ../nbs/14_iddpm.ipynb #83ef6b5e
 def fixed_steps(bits: Bits, schedule, var: Callable) -> Float[Tensor, "n k"]:
     "`bits.steps` as they would be with a fixed variance, (None, step) ↦ numbers like step.t: the measured errors say it all. (DDPM-8)"
     step = Step._make(c[:-1] for c in posterior_steps(schedule, bits.ts[1:], bits.ts[:-1]))
@@ -228,7 +226,7 @@ def bits_card(row: Float[Tensor, "seeds 2 4"]) -> dict[str, str]:
         if not row[0, i, j].isnan()
     }
 
-
+# %% ../nbs/14_iddpm.ipynb #a93efc65
 def improved_table() -> tuple[Float[Tensor, "ways seeds 2 4"], dict[str, Tensor]]:
     "What `run_improved` found, and the weights of its network (artifact `improved`, recipe in settings.ini under [bounds], some 15 minutes on one core)."
     tensors, _ = artifact("improved", run_improved, vars(settings("bounds", **BOUNDS)))
