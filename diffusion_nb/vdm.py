@@ -368,9 +368,9 @@ class Joint(Denoiser):
         x0 = pred.sigma**2 * pred.x0 + pred.alpha * (x_t - pred.sigma * pred.aux)
         return pred._replace(x0=x0, aux=None)
 
-# %% ../nbs/16_vdm.ipynb #2635b1ff
+# %% ../nbs/16_vdm.ipynb #265a1be3
 GOALS = {"x": predict_x0, "ε": predict_eps, "v": predict_v, "x and ε": predict_x0}
-WEIGHTS = {"SNR": snr, "max(SNR, 1)": truncated_snr, "SNR + 1": snr_plus_one}
+WEIGHTS = {"1": ones, "SNR": snr, "max(SNR, 1)": truncated_snr, "SNR + 1": snr_plus_one}
 LATE = 0.015  # where the bound of the cosine schedule hands over to the decoder: γ = -7.5
 
 
@@ -419,8 +419,8 @@ def goal_numbers(denoiser: Denoiser) -> tuple[list[float], Tensor]:
 
 
 def run_targets(**r) -> tuple[dict, dict]:
-    "The numbers of each goal, weight and seed, (4, 3, seeds, 4), and the errors over t, (4, 3, seeds, 15)."
-    data, table, errors = digits(), torch.zeros(4, 3, r["seeds"], 4), torch.zeros(4, 3, r["seeds"], 15)
+    "The numbers of each goal, weight and seed, (4, 4, seeds, 4), and the errors over t, (4, 4, seeds, 15)."
+    data, table, errors = digits(), torch.zeros(4, 4, r["seeds"], 4), torch.zeros(4, 4, r["seeds"], 15)
     for i, goal in enumerate(GOALS):
         for j, weight in enumerate(WEIGHTS.values()):
             for seed in range(r["seeds"]):
@@ -433,7 +433,7 @@ def run_targets(**r) -> tuple[dict, dict]:
                     numbers, errors[i, j, seed] = [math.nan] * 4, math.nan
                 table[i, j, seed] = torch.tensor(numbers)
     names = [f"{goal}, {weight}" for goal in GOALS for weight in WEIGHTS]
-    means = table.mean(2).reshape(12, 4).tolist()
+    means = table.mean(2).reshape(16, 4).tolist()
     return {"table": table, "errors": errors}, dict(
         zip(names, ([round(v, 3) for v in row] for row in means), strict=True)
     )
