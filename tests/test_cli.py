@@ -14,6 +14,7 @@ from diffusion_nb.denoiser import Clip, GMMDenoiser
 from diffusion_nb.elbo import large
 from diffusion_nb.forward import CosineSchedule
 from diffusion_nb.likelihood import bits_per_dim, stop_early
+from diffusion_nb.vdm import vdm_bits, vdm_denoiser
 
 
 @pytest.fixture
@@ -133,6 +134,54 @@ def test_bits_are_those_of_the_library(tmp_path, monkeypatch):
         about["prior"] + about["steps_cost"] + about["decoder"], rel=1e-9
     )
     assert (about["pictures"], about["levels"], about["held_out_of"]) == (3, 17, "digits")
+
+
+def test_a_learned_schedule_is_trained_kept_measured_and_drawn_with(tmp_path, capsys):
+    words = ["--device", "cpu", "--out", str(tmp_path)]
+    assert main(["train", "--vdm", "--steps", "2", "--batch", "4", "--width", "8", *words]) == 0
+    model, r, shape = cli.load_model(str(tmp_path))
+    fresh = dict(vdm_denoiser(r, shape).named_parameters())
+    assert shape == (1, 8, 8) and not any(
+        torch.equal(p, fresh[n]) for n, p in model.named_parameters() if "ends" in n
+    )
+    out = tmp_path / "bits.json"
+    assert (
+        main(["bits", "--model", str(tmp_path), "--n", "3", "--steps", "4", "--device", "cpu", "--out", str(out)])
+        == 0
+    )
+    d = digits()
+    want, about = vdm_bits(Clip(model), d.x_test[:3], 17, times=4, y=d.y_test[:3]), json.loads(out.read_text())
+    assert about["bits_per_dim"] == pytest.approx(want.total.mean().item(), rel=1e-6)
+    assert about["diffusion"] == pytest.approx(want.diffusion.mean().item(), rel=1e-6)
+    drawn = tmp_path / "drawn"
+    assert (
+        main(
+            [
+                "sample",
+                "--model",
+                str(tmp_path),
+                "--n",
+                "2",
+                "--steps",
+                "2",
+                "--device",
+                "cpu",
+                "--out",
+                str(drawn),
+            ]
+        )
+        == 0
+    )
+    assert load_file(drawn / "samples.safetensors")["x"].isfinite().all()
+
+
+def test_weights_of_another_network_are_refused(tmp_path, capsys):
+    words = ["train", "--steps", "1", "--batch", "2", "--device", "cpu"]
+    assert main([*words, "--width", "8", "--out", str(tmp_path / "a")]) == 0
+    assert main([*words, "--width", "12", "--out", str(tmp_path / "b")]) == 0
+    (tmp_path / "b/model.safetensors").replace(tmp_path / "a/model.safetensors")
+    assert main(["bits", "--model", str(tmp_path / "a")]) == 1
+    assert "does not fit its run.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("record", ["{}", "[]", "not json"])
