@@ -122,7 +122,7 @@ def run(args) -> int:
     print(f"open {out / 'index.html'}")
     return 1 if failed else 0
 
-# %% ../nbs/cli.ipynb #2ff78055
+# %% ../nbs/cli.ipynb #9b1fea1e
 def train(args) -> int:
     import torch
     from safetensors.torch import save_file
@@ -162,6 +162,10 @@ def distill(args) -> int:
     options = dict(device=args.device, bf16=args.bf16, compile=args.compile, every=args.every)
     if args.consistency:
         folder = Path(args.out or f"runs/{args.data}")
+        if not (folder / "run.json").exists():
+            raise ValueError(
+                f"{folder} holds no teacher; first: diffusion-nb train --data {args.data} --out {folder}"
+            )
         train_consistency(args.data, folder, checkpoint=folder / "consistency-checkpoint.safetensors", **options)
         print(f"wrote {folder}/consistency.safetensors, a model that draws in one call")
     else:

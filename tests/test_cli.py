@@ -175,6 +175,11 @@ def test_a_learned_schedule_is_trained_kept_measured_and_drawn_with(tmp_path, ca
     assert load_file(drawn / "samples.safetensors")["x"].isfinite().all()
 
 
+def test_a_student_needs_its_teacher(tmp_path, capsys):
+    assert main(["distill", "--data", "mnist", "--consistency", "--out", str(tmp_path)]) == 1
+    assert "holds no teacher; first: diffusion-nb train --data mnist" in capsys.readouterr().err
+
+
 def test_weights_of_another_network_are_refused(tmp_path, capsys):
     words = ["train", "--steps", "1", "--batch", "2", "--device", "cpu"]
     assert main([*words, "--width", "8", "--out", str(tmp_path / "a")]) == 0
