@@ -1,4 +1,5 @@
-"""50,000 pictures of 32×32 with the CIFAR-10 U-Net, in pictures a second: DDPM with 1000 steps, DDIM with 50 and 20, DPM-Solver++ with 10.
+"""50,000 pictures of 32×32 with the CIFAR-10 U-Net, in pictures a second: DDPM with 1000 steps, DDIM with 50 and 20, DPM-Solver++ with 10, and the
+one step of a consistency model or of a distilled student.
 
 Run: python benchmarks/fifty_thousand.py                  (a GPU: bfloat16, compiled, channels last; writes results/fifty_thousand-cuda.json)
      python benchmarks/fifty_thousand.py --n 2 --only ddim-20    (the CPU, float32, as a test that it runs; results/fifty_thousand-cpu.json)
@@ -14,6 +15,7 @@ import time
 import torch
 from common import report
 
+from diffusion_nb.consistency import Guess, consistency_sample
 from diffusion_nb.core import Noise
 from diffusion_nb.denoiser import Clip, NetDenoiser
 from diffusion_nb.forward import DDPMSchedule, linear_betas
@@ -26,11 +28,16 @@ SHAPE = (3, 32, 32)
 SCHEDULE = DDPMSchedule(linear_betas(1000))
 
 
+def one_step(denoiser, x, ts, *, noise):
+    return consistency_sample(Guess(denoiser), x, ts[[0, -1]], noise=noise)
+
+
 RUNS = {
     "ddpm-1000": (ddpm, time_grid(1000)),
     "ddim-50": (ddim, time_grid(50)),
     "ddim-20": (ddim, time_grid(20)),
     "dpmpp_2m-10": (dpmpp_2m, edm_grid(SCHEDULE, 10, 0.05, 80.0)),
+    "one step": (one_step, time_grid(1)),
 }
 
 
@@ -61,7 +68,7 @@ def walk(run, denoiser, ts, seeds, device):
 def timed(run, denoiser, ts, n, batch, device):
     "Seconds for n pictures, in batches of one size: the surplus of the last is drawn, too."
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    walk(run, denoiser, ts[[0, len(ts) // 2, -1]], range(batch), device)
+    walk(run, denoiser, ts[sorted({0, len(ts) // 2, len(ts) - 1})], range(batch), device)
     sync()
     start = time.perf_counter()
     for k in range(math.ceil(n / batch)):
