@@ -136,7 +136,7 @@ def check_halving(n_from: int, n_to: int) -> None:
     if ratio < 2 or ratio * n_to != n_from or ratio & (ratio - 1):
         raise ValueError(f"n_from: expected n_to times 2, 4, 8, …, so that halving leads there; got n_from = {n_from}, n_to = {n_to}")  # fmt: skip
 
-# %% ../nbs/17_distillation.ipynb #a3d3114e
+# %% ../nbs/17_distillation.ipynb #6f17b83f
 DISTILL = dict(teacher=str, n_from=int, n_to=int, steps=int, last=int, batch=int, lr=float, ema=float, beta2=float)
 
 
@@ -162,7 +162,7 @@ def distill_recipe(name: str, folder: Path | str, **options) -> dict[int, Denois
     teacher = recipe_trainer(recipe(r["teacher"]), pictures, checkpoint=checkpoint, **options).fit()
     return distill_pictures(r, teacher, pictures, folder=folder, **options)
 
-# %% ../nbs/17_distillation.ipynb #a68ba879
+# %% ../nbs/17_distillation.ipynb #e0826448
 def drawn(
     denoiser: Denoiser, ts: Float[Tensor, " n+1"], seeds: Int[Tensor, " k"], sampler: Callable = ddim, **cond
 ):
@@ -226,7 +226,7 @@ def distilled_from_fewer() -> Float[Tensor, "seeds stages groups 2"]:
     r = vars(settings("17_distillation", groups=int, seeds=int)) | vars(settings("distill.digits-16", **DISTILL))
     return artifact("distilled_from_fewer", run_from_fewer, r)[0]["students"]
 
-# %% ../nbs/17_distillation.ipynb #a7e1dd72
+# %% ../nbs/17_distillation.ipynb #6bffc8b6
 class Told(nn.Module):
     """A copy of `net` that is told the weight w of the guidance as one more input channel, w / most everywhere. (Meng et al. 2023, sec. 3.1)
 
@@ -282,7 +282,7 @@ def any_weight(loss: Callable, most: float = 4.0) -> Callable:
 
     return drawn_loss
 
-# %% ../nbs/17_distillation.ipynb #98aca5fb
+# %% ../nbs/17_distillation.ipynb #9e5d2dd0
 def floats(text: str) -> list[float]:
     "'0, 1.5' → [0.0, 1.5]: a settings type."
     return [float(v) for v in text.split(",")]
