@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['GAMMA', 'MIX1', 'MIX2', 'splitmix64', 'Noise', 'default_device', 'like', 'check_time', 'check_labels', 'check_finite',
-           'project_root', 'write_atomically', 'ints', 'one_of', 'settings', 'Evidence', 'ClaimError', 'symbolic',
-           'oracle', 'within', 'statistic', 'limit', 'monte_carlo', 'experiment', 'claim', 'erratum', 'fingerprint',
-           'artifact']
+           'project_root', 'write_atomically', 'checksum', 'save_tensors', 'load_tensors', 'check_fits', 'ints',
+           'one_of', 'settings', 'Evidence', 'ClaimError', 'symbolic', 'oracle', 'within', 'statistic', 'limit',
+           'monte_carlo', 'experiment', 'claim', 'erratum', 'fingerprint', 'artifact']
 
-# %% ../nbs/00_core.ipynb #9e655aa3
+# %% ../nbs/00_core.ipynb #0da667df
 import ast
 import configparser
 import dis
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from filelock import FileLock
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
@@ -137,6 +138,47 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #61f396cc
+def checksum(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
+    "SHA-256 of the names, types, shapes and bytes of these tensors, and of what is said about them."
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, v in sorted(tensors.items()):
+        digest.update(f"{name} {v.dtype} {tuple(v.shape)}".encode())
+        digest.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    "Write a safetensors file with its checksum: whole or not at all. Raises OSError where it cannot be written."
+    tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
+    sealed = about | {"sha256": checksum(tensors, about)}
+    try:
+        write_atomically(path, lambda draft: save_file(tensors, draft, metadata=sealed))
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{path} could not be written ({e})") from e
+
+
+def load_tensors(path: Path, device="cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    "The tensors of a file that `save_tensors` wrote, and what is said about them. Raises ValueError where it is damaged."
+    try:
+        with safe_open(path, "pt", device=str(device)) as f:
+            tensors, about = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except SafetensorError as e:
+        raise ValueError(f"{path} is damaged ({e})") from e
+    if about.pop("sha256", None) != checksum(tensors, about):
+        raise ValueError(f"{path} is damaged (its checksum is not that of its content)")
+    return tensors, about
+
+
+def check_fits(own: dict[str, Tensor], found: dict[str, Tensor], what: str) -> None:
+    "Raise ValueError, naming names and shapes, unless both hold tensors of the same names and shapes."
+    shapes, expected = ({k: tuple(v.shape) for k, v in part.items()} for part in (found, own))
+    differ = [f"{k} {shapes.get(k, 'missing')}, expected {expected.get(k, 'none of this name')}"
+              for k in sorted(own.keys() | found.keys()) if shapes.get(k) != expected.get(k)]  # fmt: skip
+    if differ:
+        more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise ValueError(f"{what} does not fit the network: {'; '.join(differ[:5])}{more}")
 
 # %% ../nbs/00_core.ipynb #3adbe25e
 def ints(text: str) -> tuple[int, ...]:

@@ -2,35 +2,43 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'TARGETS', 'RECIPE', 'warmup_cosine', 'warmup_constant', 'continuous_times', 'chain_times',
-           'deferred_interrupt', 'Trainer', 'flip_half', 'recipe', 'recipe_denoiser', 'recipe_trainer', 'judge_digits',
+           'deferred_interrupt', 'largest_that_fits', 'as_bytes', 'divided', 'whole', 'put', 'divide', 'Objective',
+           'Checkpoints', 'Trainer', 'flip_half', 'recipe', 'recipe_denoiser', 'recipe_trainer', 'judge_digits',
            'animate', 'train_digits', 'digit_denoiser']
 
-# %% ../nbs/07_ddpm.ipynb #3b710d76
+# %% ../nbs/07_ddpm.ipynb #7ae569c7
 import contextlib
 import copy
 import json
 import math
+import os
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from diffusion_nb.core import (
     Noise,
     artifact,
     check_finite,
+    check_fits,
     default_device,
     ints,
+    load_tensors,
     one_of,
+    save_tensors,
     settings,
     write_atomically,
 )
@@ -43,6 +51,7 @@ from diffusion_nb.data import (
     nearest_distance,
     picture_grid,
     recognised,
+    to_bytes,
 )
 from diffusion_nb.denoiser import (
     Clip,
@@ -58,7 +67,7 @@ from .forward import CosineSchedule, DDPMSchedule, linear_betas
 from .nets.unet import UNet
 from .samplers.ddpm import ddpm, time_grid
 
-# %% ../nbs/07_ddpm.ipynb #be0d85fa
+# %% ../nbs/07_ddpm.ipynb #3a13fcf5
 def warmup_cosine(peak: float, warmup: int, steps: int) -> Callable[[int], float]:
     "k ↦ the learning rate: up to `peak` in `warmup` steps, down to 0 along a cosine at `steps`."
     return lambda k: peak * min((k + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * k / steps))
@@ -81,191 +90,434 @@ def chain_times(T: int) -> Callable[[Tensor], Tensor]:
 
 @contextlib.contextmanager
 def deferred_interrupt():
-    "Inside, Ctrl-C sets the event that is yielded instead of raising, so that a step is never cut in two."
+    "Inside, Ctrl-C and SIGTERM set the event that is yielded, so that a step is never cut in two."
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+
+    before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-# %% ../nbs/07_ddpm.ipynb #43a74b53
+
+def largest_that_fits(attempt: Callable[[int], object], n: int) -> int:
+    "The largest of n, n/2, n/4, … for which `attempt` does not run out of memory. Raises MemoryError where not even 1 does."
+    while n:
+        try:
+            attempt(n)
+            return n
+        except torch.OutOfMemoryError:
+            pass  # the memory is free only once the exception is gone
+        n //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    raise MemoryError("not even a batch of one fits into memory: take a smaller network, or bf16")
+
+
+def as_bytes(x: Float[Tensor, "*any"]) -> Tensor:
+    "x as bytes, 0 … 255 for [-1, 1], where that loses nothing: a quarter of the memory. Else x."
+    small = to_bytes(x)
+    return small if torch.equal(small / 127.5 - 1, x) else x
+
+
+def divided(v: Tensor) -> bool:
+    "Whether each process holds a part of v only."
+    return hasattr(v, "full_tensor")
+
+
+def whole(v: Tensor) -> Tensor:
+    "All of v, from all processes that hold a part of it."
+    return v.full_tensor() if divided(v) else v
+
+
+def put(v: Tensor, value: Tensor) -> None:
+    "Copy a whole tensor into v, or its part into the part that this process holds."
+    if divided(v):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(v.device), v.device_mesh, v.placements)
+    v.copy_(value)
+
+
+def divide(module: nn.Module, least: int = 2**20) -> None:
+    "Divide the parameters among the processes (FSDP2), in units of `least` numbers or more; the last unit is the rest."
+    from torch.distributed.fsdp import fully_shard
+
+    for part in reversed(list(module.modules())):  # the inner ones first
+        own = sum(p.numel() for p in part.parameters() if not divided(p))
+        if part is module or own >= least and not isinstance(part, nn.ModuleList | nn.ModuleDict):
+            fully_shard(part)
+
+
+class Objective(nn.Module):
+    "The loss of a denoiser as a module, which is what PyTorch's wrappers for many processes wrap."
+
+    def __init__(self, denoiser: Denoiser, loss: Callable):
+        super().__init__()
+        self.denoiser, self.loss = denoiser, loss
+
+    def forward(self, x0, t, eps, **cond):
+        return self.loss(self.denoiser, x0, t, eps, **cond)
+
+# %% ../nbs/07_ddpm.ipynb #730b5a1f
+class Checkpoints:
+    """The `keep` last states of a run: the newest in the file `path`, those before it in `path`.1, `path`.2, …
+
+    Each is written whole or not at all, with a checksum; `load` passes over one that is damaged.
+    """
+
+    def __init__(self, path: Path | str, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep: expected at least 1 checkpoint to keep, got {keep}")
+        self.path, self.damaged = Path(path), []
+        self.files = [self.path.with_name(self.path.name + (f".{i}" if i else "")) for i in range(keep)]
+
+    def exist(self) -> bool:
+        return any(p.exists() for p in self.files)
+
+    def save(self, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+        "Raises OSError where it cannot be written; those before are as they were."
+        draft = self.path.with_name(self.path.name + ".new")
+        for rest in self.path.parent.glob(f"{draft.name}.*.tmp"):  # of a process that was killed as it wrote
+            rest.unlink()
+        save_tensors(draft, tensors, about)
+        for path in self.damaged:
+            path.unlink(missing_ok=True)
+        for newer, older in reversed(list(pairwise(self.files))):
+            if newer.exists():
+                os.replace(newer, older)
+        os.replace(draft, self.path)
+        self.damaged = []
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        "The newest that is whole; a warning names the damaged ones. Raises ValueError where none is whole."
+        problems = []
+        for path in (p for p in self.files if p.exists()):
+            try:
+                found = load_tensors(path)
+            except ValueError as e:
+                problems.append(str(e))
+                self.damaged.append(path)
+                continue
+            if problems:
+                warnings.warn(f"{'; '.join(problems)}; going on from {path.name}", stacklevel=4)
+            return found
+        raise ValueError(f"{'; '.join(problems)}; delete it to start again")
+
+    def check_room(self, size: int) -> None:
+        "Raise OSError now rather than in an hour, if checkpoints of `size` bytes cannot be written."
+        folder, probe = self.path.parent, self.path.with_name(f"{self.path.name}.try")
+        try:
+            write_atomically(probe, Path.touch)
+            probe.unlink(missing_ok=True)
+        except OSError as e:
+            raise OSError(
+                f"{folder}: no checkpoint can be written there ({e.strerror}); name another folder"
+            ) from e
+        number, free = len(self.files) + 1 - sum(p.exists() for p in self.files), shutil.disk_usage(folder).free
+        if free < number * size:
+            raise OSError(f"{folder}: there must be room for {number} checkpoints of {size / 2**20:.1f} MiB, but only "
+                          f"{free / 2**20:.1f} MiB are free; make room, or name another folder")  # fmt: skip
+
+# %% ../nbs/07_ddpm.ipynb #969a5b34
 class Trainer:
     """Fits a denoiser to pictures: `Trainer(denoiser, x0, …).fit()` returns a copy with averaged weights. (DDPM-A1)
 
     Parameters
     ----------
-    denoiser: trained in place. x0: the data, (n, …), finite; kept on the device.
+    denoiser: trained in place. x0: the data, (n, …), finite; bytes stand for [-1, 1]. Kept on the device where it fits.
     steps, batch, lr: how many steps, pictures a step, and k ↦ learning rate (such as `warmup_cosine(3e-3, 100, steps)`).
     cond: what belongs to each picture, e.g. {"y": labels}. With `null`, label y is replaced by it with probability `drop`.
     times: u ↦ t (`continuous_times`, `chain_times(T)`); if a module, its buffers are kept in the checkpoint. loss: as `denoising_loss`, one number a sample.
     augment: (pictures, uniform numbers (b,)) ↦ pictures, such as `flip_half`.
     ema: the decay of the averaged weights. clip: the largest gradient norm. betas: of AdamW. seed: of everything.
     device: the GPU if there is one. bf16: autocast. compile: torch.compile the network.
-    checkpoint: a file, written every `every` steps and at the end; where it exists, training goes on from it.
-    Raises ValueError for data with NaN, a wrong number of conditions, and a checkpoint that is damaged or of another run; FloatingPointError where the
-    loss stops being finite; KeyboardInterrupt after Ctrl-C, once the checkpoint is written.
+    checkpoint: a file, written every `every` steps and at the end, the `keep` last ones beside it as FILE.1, …; training goes on from the newest that is whole.
+    accumulate: a step's pictures are done in so many parts, one after the other. read: how many steps between looks at the loss.
+    skip: leave out, and count, the steps whose gradient is not finite. hooks: called with the trainer after each step; the buffers of one that is a module are kept in the checkpoint.
+    shard: divide the weights among the processes, too (FSDP2). Where torch.distributed has been set up, its processes share each batch (DDP); the averaged copy is then
+    the same on all of them, with `shard` on the CPU. Randomness belongs to a picture's place in the batch, dropout aside: neither parts nor processes change what is learned.
+    Raises ValueError for data with NaN, a wrong number of conditions, a batch that cannot be shared out, and checkpoints that are damaged or of another run; OSError where they
+    cannot be written; FloatingPointError where the loss stops being finite; MemoryError, with a batch that would fit; KeyboardInterrupt after Ctrl-C or SIGTERM, once the checkpoint is written.
     """
 
-    def __init__(self, denoiser: Denoiser, x0: Float[Tensor, "n *d"], *, steps: int, lr: Callable[[int], float],
+    def __init__(self, denoiser: Denoiser, x0: Tensor, *, steps: int, lr: Callable[[int], float],
                  batch: int = 128, cond: dict[str, Tensor] | None = None, null: int | None = None, drop: float = 0.1,
                  times: Callable = continuous_times, loss: Callable = denoising_loss, augment: Callable | None = None,
                  ema: float = 0.9999, clip: float = 1.0, betas: tuple[float, float] = (0.9, 0.999), seed: int = 0,
                  device=None, bf16: bool = False, compile: bool = False, checkpoint: Path | str | None = None,
-                 every: int = 1000):  # fmt: skip
+                 every: int = 1000, keep: int = 2, accumulate: int = 1, read: int = 50, skip: bool = False,
+                 hooks: Sequence[Callable] = (), shard: bool = False):  # fmt: skip
         check_finite(x0, "x0")
         for name, values in (cond or {}).items():
             if len(values) != len(x0):
                 raise ValueError(
                     f"cond: expected {len(x0)} values of {name!r}, one for each picture; got {len(values)}"
                 )
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device(device) if device else default_device()
         self.steps, self.lr, self.batch, self.null, self.drop, self.times = steps, lr, batch, null, drop, times
         self.loss, self.augment, self.decay, self.clip, self.seed, self.bf16 = loss, augment, ema, clip, seed, bf16
-        self.memory = times.to(self.device).state_dict(prefix="times.") if isinstance(times, nn.Module) else {}
-        on_gpu = self.device.type == "cuda"
-        layout = torch.channels_last if on_gpu and x0.ndim == 4 else torch.preserve_format
-        self.denoiser = denoiser.to(self.device, memory_format=layout).train()
-        self.average = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
-        if compile:
-            self.denoiser.compile()
-        self.x0 = x0.to(self.device, memory_format=layout)
-        self.cond = {name: values.to(self.device) for name, values in (cond or {}).items()}
-        self.names, self.params = zip(*self.denoiser.named_parameters(), strict=True)
-        self.averages = list(self.average.parameters())
-        self.optimizer = torch.optim.AdamW(self.params, lr(0), betas, weight_decay=0.0, fused=on_gpu)
-        slots = torch.arange(batch) + 2**40 * (seed + 1)  # far from the seeds that people give to samples
-        self.noise = Noise(slots, tuple(x0.shape[1:]), self.device)
-        self.choices = Noise(slots, (8,), self.device)
-        self.step, self.losses = 0, []
-        self.checkpoint, self.every = Path(checkpoint) if checkpoint else None, every
-        if self.checkpoint and self.checkpoint.exists():
+        self.accumulate, self.read, self.skip, self.hooks, self.shard = accumulate, read, skip, hooks, shard
+        self._place_network(denoiser, betas, compile)
+        self._place_data(x0, cond or {})
+        keeps = {"times": times} | {f"hook{i}": hook for i, hook in enumerate(hooks)}
+        self.memory = {f"{of}.{name}": v for of, m in keeps.items() if isinstance(m, nn.Module)
+                       for name, v in m.to(self.device).state_dict().items()}  # fmt: skip
+        self.step, self.losses, self.skipped = 0, [], torch.zeros((), device=self.device)
+        self.checkpoints, self.every, self.saved = checkpoint and Checkpoints(checkpoint, keep), every, None
+        if self.checkpoints and self.checkpoints.exist():
             self.restore()
+        if self.world > 1:
+            dist.all_gather_object(steps := [0] * self.world, self.step)
+            if len(set(steps)) > 1:
+                raise ValueError(
+                    f"the processes found checkpoints of different steps, {steps}: put {checkpoint} where all of them see it"
+                )
 
-    def draw(self, k: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        "The pictures, times, noise and conditions of step k: a function of the seed and k. Lines 2 to 4 of Algorithm 1."
+    def _place_network(self, denoiser: Denoiser, betas: tuple[float, float], compile: bool) -> None:
+        "The network on its device, its averaged copy, and what divides the work among processes."
+        on_gpu = self.device.type == "cuda"
+        self.layout = torch.channels_last if on_gpu else torch.preserve_format
+        self.denoiser = denoiser.to(self.device, memory_format=self.layout).train()
+        self.average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        if compile:
+            denoiser.compile()
+        self.model, self.sync = Objective(denoiser, lambda *a, **kw: self.loss(*a, **kw)), lambda last: None
+        if self.shard:
+            if not dist.is_initialized():
+                raise ValueError(
+                    "shard: the weights are divided among processes; start them with torchrun or accelerate launch"
+                )
+            divide(self.model)
+            self.average, self.sync = self.average.cpu(), self.model.set_requires_gradient_sync
+        elif self.world > 1:
+            with warnings.catch_warnings(
+                action="ignore", category=FutureWarning
+            ):  # PyTorch 2.14 renames the option
+                self.model = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.sync = partial(setattr, self.model, "require_backward_grad_sync")
+        self.names, self.params = zip(*denoiser.named_parameters(), strict=True)
+        self.averages = (
+            [p.detach().clone() for p in self.params] if self.shard else list(self.average.parameters())
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.params, self.lr(0), betas, weight_decay=0.0, fused=on_gpu or self.skip
+        )
+        for p in self.params:  # made now, so that memory runs out at once if it does
+            moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=self.device)} | moments
+
+    def _place_data(self, x0: Tensor, cond: dict[str, Tensor]) -> None:
+        "The data on the device where it fits, and this process's parts of a batch: which slots, and their noise."
+        fits = self.device.type == "cpu" or x0.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2
+        home = self.device if fits else torch.device("cpu")
+        self.x0, self.cond = x0.to(home), {name: values.to(home) for name, values in cond.items()}
+        far = 2**40 * (self.seed + 1)  # from the seeds that people give to samples
+        slots = torch.arange(self.batch) + far
+        self.choices = Noise(slots, (8,), home)
+        size, left = divmod(self.batch, self.world * self.accumulate)
+        if left or not size:
+            raise ValueError(f"batch: {self.batch} pictures cannot be shared out to {self.world} processes × {self.accumulate} parts; "
+                             "take a multiple")  # fmt: skip
+        mine = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
+        self.parts = [(i, slice(i * size, (i + 1) * size)) for i in mine]
+        self.noises = [Noise(slots[where], tuple(x0.shape[1:]), self.device) for _, where in self.parts]
+
+    def draw(self, k: int) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+        "The pictures, times, noise and conditions of step k, part by part: a function of the seed and k. Lines 2 to 4 of Algorithm 1."
         uniform = ((self.choices.bits(k) >> 11) & (2**53 - 1)).double() * 2.0**-53
         pick = (uniform[:, 0] * len(self.x0)).long()
-        x0, cond = self.x0[pick], {name: values[pick] for name, values in self.cond.items()}
-        if self.null is not None:
-            cond["y"] = torch.where(uniform[:, 1] < self.drop, self.null, cond["y"])
-        if self.augment:
-            x0 = self.augment(x0, uniform[:, 2])
-        slot = torch.arange(self.batch, device=self.device, dtype=torch.float64) / self.batch
-        return x0, self.times((uniform[0, 3] + slot) % 1), self.noise(k), cond
+        slot = torch.arange(self.batch, device=uniform.device, dtype=torch.float64) / self.batch
+        t = self.times(((uniform[0, 3] + slot) % 1).to(self.device))
+        for (_, mine), noise in zip(self.parts, self.noises, strict=True):
+            cond = {name: values[pick[mine]] for name, values in self.cond.items()}
+            if self.null is not None:
+                cond["y"] = torch.where(uniform[mine, 1] < self.drop, self.null, cond["y"])
+            x0, *rest = (
+                v.to(self.device, non_blocking=True)
+                for v in (self.x0[pick[mine]], uniform[mine, 2], *cond.values())
+            )
+            if x0.dtype == torch.uint8:
+                x0 = x0 / 127.5 - 1
+            if self.augment:
+                x0 = self.augment(x0, rest[0])
+            if x0.ndim == 4:
+                x0 = x0.to(memory_format=self.layout)
+            yield x0, t[mine], noise(k), dict(zip(cond, rest[1:], strict=True))
 
     def train_step(self) -> Tensor:
-        "One step; returns the loss without waiting for it."
-        x0, t, eps, cond = self.draw(self.step)
-        torch.manual_seed(self.step)  # for dropout
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.loss(self.denoiser, x0, t, eps, **cond).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.params, self.clip)
+        "One step; returns the loss of this process's pictures without waiting for it."
+        total = 0.0
+        for (i, _), (x0, t, eps, cond) in zip(self.parts, self.draw(self.step), strict=True):
+            torch.manual_seed(self.step + 2**32 * i)  # for dropout
+            self.sync(i == self.parts[-1][0])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = self.model(x0, t, eps, **cond).mean() / self.accumulate
+            loss.backward()
+            total = total + loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.params, self.clip)
+        if self.skip:
+            bad = ~whole(norm).isfinite()
+            self.optimizer.found_inf = bad.float()  # where it is 1, a fused step changes nothing
+            self.skipped += bad
         self.optimizer.param_groups[0]["lr"] = self.lr(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         decay = min(self.decay, (1 + self.step) / (10 + self.step))  # short memory at first
         torch._foreach_lerp_(self.averages, self.params, 1 - decay)
         self.step += 1
-        return loss.detach()
+        return total
 
     def fit(self, minutes: float | None = None) -> Denoiser:
         "Train to the last step, or for so many minutes, with a progress bar; returns the denoiser with averaged weights."
         if minutes is not None and not minutes > 0:
             raise ValueError(f"minutes: expected a positive number, got {minutes}")
         end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        recent, on = [], [self.device] if self.device.type == "cuda" else []
+        if self.checkpoints and self.rank == 0:
+            self.checkpoints.check_room(sum(v.nbytes for v in self._tensors().values()))
+        out_of_memory = False
         with (
-            torch.random.fork_rng(on),
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
             deferred_interrupt() as stop,
-            tqdm(total=self.steps, initial=self.step, desc="training") as bar,
+            tqdm(
+                total=self.steps, initial=self.step, desc="training", **{"disable": True} if self.rank else {}
+            ) as bar,
         ):
-            while self.step < self.steps and time.monotonic() < end and not stop.is_set():
-                recent.append(self.train_step())
-                bar.update()
-                if self.step % 50 == 0 or self.step == self.steps:
-                    self._read(recent, bar)
-                if self.checkpoint and self.step % self.every == 0:
-                    self.save()
-        if recent:
-            self._read(recent, bar)
-        if self.checkpoint:
+            try:
+                self._loop(bar, lambda: stop.is_set() or time.monotonic() >= end)
+            except torch.OutOfMemoryError:
+                out_of_memory = True  # the memory is free only once the exception is gone
+            except RuntimeError as e:
+                if self.world == 1:
+                    raise
+                raise RuntimeError(f"process {self.rank} of {self.world} stops after step {self.step}: {e}\nIf another process died, the same command "
+                                   f"goes on from the last checkpoint{f', step {self.saved}' if self.saved else ''}") from e  # fmt: skip
+        if out_of_memory:
+            raise MemoryError(self._advice())
+        if self.checkpoints and self.saved != self.step:
             self.save()
         if stop.is_set():
             raise KeyboardInterrupt(f"stopped after step {self.step} of {self.steps}; "
-                                    + (f"run again to go on from {self.checkpoint}" if self.checkpoint else "nothing was saved"))  # fmt: skip
+                                    + (f"run again to go on from {self.checkpoints.path}" if self.checkpoints else "nothing was saved"))  # fmt: skip
+        if self.shard:
+            for average, v in zip(self.average.parameters(), self.averages, strict=True):
+                average.copy_(whole(v))
         return self.average
 
-    def _read(self, recent: list[Tensor], bar) -> None:
-        "The only place that waits for the GPU."
-        value = torch.stack(recent).mean().item()
-        recent.clear()
+    def _loop(self, bar, enough: Callable[[], bool]) -> None:
+        recent, done, self.since = [], False, (time.perf_counter(), self.step)
+        while self.step < self.steps and not done:
+            recent.append(self.train_step())
+            bar.update()
+            saves = bool(self.checkpoints) and self.step % self.every == 0
+            if saves or self.step % self.read == 0 or self.step == self.steps or (self.world == 1 and enough()):
+                done = self._read(recent, bar, enough())
+            for hook in self.hooks:
+                hook(self)
+            if saves:
+                self._save_or_warn()
+
+    def _read(self, recent: list[Tensor], bar, enough: bool) -> bool:
+        "The mean loss since the last look, and whether any process has had enough: the only place that waits for the GPU."
+        values = torch.stack([*recent, torch.full_like(recent[0], float(enough))])
+        if self.world > 1:
+            dist.all_reduce(values)
+        losses, enough = values[:-1] / self.world, bool(values[-1])
+        value = (losses[losses.isfinite()] if self.skip else losses).mean().item()
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} before step {self.step}: lower the learning rate, or look at the data"
-            )
+            raise FloatingPointError(f"the loss is {value} between steps {self.step - len(recent)} and {self.step}: lower the learning rate, or look at the data"
+                                     + ("" if self.skip else "; skip=True leaves such steps out")
+                                     + (f". {self.checkpoints.path} holds step {self.saved}" if self.saved else ""))  # fmt: skip
+        now, (then, step) = time.perf_counter(), self.since
+        self.speed, self.since = self.batch * (self.step - step) / (now - then), (now, self.step)
+        recent.clear()
         self.losses.append((self.step, value))
-        bar.set_postfix(loss=f"{value:.4f}")
+        bar.set_postfix_str(f"loss {value:.4f}, {self.speed:.0f} pictures/s")
+        return enough
+
+    def _advice(self) -> str:
+        "What would fit into memory."
+        size = self.batch // self.world // self.accumulate
+        need = f"{size} pictures at a time need more memory than there is on {self.device}: "
+        if self.shard:
+            return need + "raise accumulate, or take a smaller batch"
+
+        def attempt(n):
+            x0, t, eps, cond = next(self.draw(self.step))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = self.loss(
+                    self.denoiser, x0[:n], t[:n], eps[:n], **{name: v[:n] for name, v in cond.items()}
+                )
+            loss.mean().backward()
+
+        self.optimizer.zero_grad()
+        n = largest_that_fits(attempt, size // 2)
+        parts = min(
+            a
+            for a in range(1, self.batch + 1)
+            if self.batch % (self.world * a) == 0 and self.batch <= n * self.world * a
+        )
+        smaller = n * self.world * self.accumulate
+        return need + f"{n} fit. accumulate={parts} trains the same batch in parts; or take batch={smaller}"
 
     def _run(self) -> dict:
         return dict(seed=self.seed, batch=self.batch, steps=self.steps, data=list(self.x0.shape))
 
-    def save(self) -> None:
-        "Write the checkpoint: weights, averages, the optimiser's moments, and where we are. Whole or not at all."
-        parts = {"net": self.params, "average": self.averages}
-        if self.step:
-            parts |= {m: [self.optimizer.state[p][m] for p in self.params] for m in ("exp_avg", "exp_avg_sq")}
-        tensors = {
-            f"{part}.{name}": v.detach().contiguous()
-            for part, values in parts.items()
-            for name, v in zip(self.names, values, strict=True)
+    def _tensors(self) -> dict[str, Tensor]:
+        "Weights, averages, the optimiser's moments, and the memory of `times` and hooks, by name."
+        state = [self.optimizer.state[p] for p in self.params]
+        parts = dict(net=self.params, average=self.averages) | {
+            m: [s[m] for s in state] for m in ("exp_avg", "exp_avg_sq")
         }
-        tensors |= {name: v.clone() for name, v in self.memory.items()}
-        about = dict(step=str(self.step), run=json.dumps(self._run()), losses=json.dumps(self.losses))
-        write_atomically(self.checkpoint, lambda path: save_file(tensors, path, metadata=about))
+        return {f"{part}.{name}": v.detach() for part, values in parts.items()
+                for name, v in zip(self.names, values, strict=True)} | self.memory  # fmt: skip
+
+    def save(self) -> None:
+        "Write the checkpoint, whole or not at all. Raises OSError where it cannot be written: those before are as they were."
+        tensors = {name: whole(v) for name, v in self._tensors().items()}  # from all processes
+        if self.rank == 0:
+            about = dict(step=self.step, skipped=int(self.skipped), run=self._run(), losses=self.losses)
+            try:
+                self.checkpoints.save(tensors, {k: json.dumps(v) for k, v in about.items()})
+            except OSError as e:
+                before = "There is none yet." if self.saved is None else f"That of step {self.saved} is whole."
+                raise OSError(f"the checkpoint of step {self.step} could not be written: {e}. {before}") from e
+        self.saved = self.step
+
+    def _save_or_warn(self) -> None:
+        try:
+            self.save()
+        except OSError as e:
+            warnings.warn(f"{e} Training goes on, and tries again after {self.every} steps", stacklevel=2)
 
     def restore(self) -> None:
-        "Go on from the checkpoint. Raises ValueError where it is damaged or of another run."
-        try:
-            with safe_open(self.checkpoint, "pt", device=str(self.device)) as f:
-                about, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        except SafetensorError as e:
-            raise ValueError(f"{self.checkpoint} is damaged ({e}); delete it to start again") from e
-        saved, now = json.loads(about["run"]), self._run()
-        own = {f"net.{name}": p for name, p in zip(self.names, self.params, strict=True)} | self.memory
-        expected = {name: v.shape for name, v in own.items()}
-        found = {k: v.shape for k, v in tensors.items() if k.startswith(("net.", "times."))}
-        if saved != now or found != expected:
-            differ = [f"{k} {saved.get(k)} → {now[k]}" for k in now if saved.get(k) != now[k]]
-            differ += sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))[:5]
-            raise ValueError(
-                f"{self.checkpoint} is of another run ({', '.join(differ)}); name another file, or delete it"
-            )
-        self.step, self.losses = int(about["step"]), [tuple(row) for row in json.loads(about["losses"])]
-        with torch.no_grad():
-            for name, v in self.memory.items():
-                v.copy_(tensors[name])
-            for name, p, average in zip(self.names, self.params, self.averages, strict=True):
-                p.copy_(tensors[f"net.{name}"])
-                average.copy_(tensors[f"average.{name}"])
-                if self.step:
-                    at = torch.tensor(float(self.step), device=self.device if self.device.type == "cuda" else None)
-                    self.optimizer.state[p] = dict(
-                        step=at,
-                        exp_avg=tensors[f"exp_avg.{name}"].clone(),
-                        exp_avg_sq=tensors[f"exp_avg_sq.{name}"].clone(),
-                    )
+        "Go on from the newest checkpoint that is whole. Raises ValueError where none is, and where it is of another run."
+        tensors, about = self.checkpoints.load()
+        about = {k: json.loads(v) for k, v in about.items()}
+        now, own, file = self._run(), self._tensors(), self.checkpoints.path
+        if differ := [f"{k} {about['run'].get(k)} → {v}" for k, v in now.items() if about["run"].get(k) != v]:
+            raise ValueError(f"{file} is of another run ({', '.join(differ)}); name another file, or delete it")
+        names = {k for k in own.keys() | tensors.keys() if not k.startswith(("average.", "exp_avg"))}
+        check_fits(*({k: part[k] for k in names & part.keys()} for part in (own, tensors)), str(file))
+        for name, v in own.items():
+            put(v, tensors[name])
+        self.step = self.saved = about["step"]
+        self.losses = [tuple(row) for row in about["losses"]]
+        self.skipped.fill_(about["skipped"])
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self.step - about["skipped"])
 
 
 def flip_half(x: Float[Tensor, "b c h w"], u: Float[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
     "Mirror the pictures whose u is below a half: DDPM's augmentation of CIFAR-10."
     return torch.where(u[:, None, None, None] < 0.5, x.flip(3), x)
 
-# %% ../nbs/07_ddpm.ipynb #54b8789b
+# %% ../nbs/07_ddpm.ipynb #4fa94f08
 SCHEDULES = {"cosine": CosineSchedule, "linear": lambda: DDPMSchedule(linear_betas())}
 TARGETS = {
     "eps": (predict_eps, snr),
@@ -293,14 +545,14 @@ def recipe_denoiser(r: dict, shape: Sequence[int]) -> NetDenoiser:
 
 
 def recipe_trainer(r: dict, pictures: Pictures, **options) -> Trainer:
-    "The trainer that a recipe describes. options: device, bf16, compile, checkpoint, every."
+    "The trainer that a recipe describes. options: those of `Trainer`, such as device, bf16, compile, checkpoint, every."
     denoiser = recipe_denoiser(r, pictures.x.shape[1:])
     lr = {
         "cosine": warmup_cosine(r["lr"], r["warmup"], r["steps"]),
         "constant": warmup_constant(r["lr"], r["warmup"]),
     }[r["decay"]]
     loss = partial(denoising_loss, weight=TARGETS[r["target"]][1])
-    return Trainer(denoiser, pictures.x, loss=loss, steps=r["steps"], lr=lr, batch=r["batch"], ema=r["ema"],
+    return Trainer(denoiser, as_bytes(pictures.x), loss=loss, steps=r["steps"], lr=lr, batch=r["batch"], ema=r["ema"],
                    betas=(0.9, r["beta2"]), seed=r["seed"], augment=flip_half if r["flip"] else None,
                    **(dict(cond={"y": pictures.y}, null=r["classes"]) if r["classes"] else {}), **options)  # fmt: skip
 

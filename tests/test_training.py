@@ -1,13 +1,28 @@
 """The parts of a training step, one by one."""
 
+import shutil
+import signal
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
-from diffusion_nb.core import Noise
+from diffusion_nb.core import Noise, load_tensors
 from diffusion_nb.denoiser import NetDenoiser, denoising_loss
 from diffusion_nb.forward import CosineSchedule
-from diffusion_nb.training import TARGETS, Trainer, continuous_times, flip_half, warmup_constant, warmup_cosine
+from diffusion_nb.training import (
+    TARGETS,
+    Trainer,
+    as_bytes,
+    continuous_times,
+    flip_half,
+    largest_that_fits,
+    warmup_constant,
+    warmup_cosine,
+)
 
 N = 50
 PICTURES = torch.arange(N).reshape(N, 1, 1, 1).expand(N, 1, 2, 2) / N
@@ -59,13 +74,13 @@ def test_gradients_are_clipped():
 
 
 def test_labels_belong_to_their_pictures():
-    x0, _, _, cond = trainer(cond={"y": LABELS}).draw(0)
+    x0, _, _, cond = next(trainer(cond={"y": LABELS}).draw(0))
     assert torch.equal(x0, PICTURES[cond["y"]]) and len(cond["y"].unique()) > 5
 
 
 def test_share_of_labels_dropped():
     run = trainer(cond={"y": LABELS}, null=N, drop=0.2, batch=20_000)
-    share = (run.draw(0)[3]["y"] == N).double().mean()
+    share = (next(run.draw(0))[3]["y"] == N).double().mean()
     assert abs(share - 0.2) < 5 * (0.2 * 0.8 / 20_000) ** 0.5
 
 
@@ -88,3 +103,320 @@ def test_a_recipes_loss_is_the_plain_error_of_its_target(target):
     error = model.net(alpha * PICTURES + sigma * eps, t) - truth
     got = denoising_loss(model, PICTURES, t, eps, weight)
     torch.testing.assert_close(got, error.square().flatten(1).mean(1), rtol=1e-4, atol=1e-6)
+
+
+# parts of a batch
+
+
+def test_parts_draw_what_the_whole_batch_draws():
+    options = dict(cond={"y": LABELS}, null=N, batch=24)
+    (whole,) = trainer(**options).draw(7)
+    parts = list(trainer(accumulate=3, **options).draw(7))
+    assert [len(p[0]) for p in parts] == [8, 8, 8]
+    for i in range(3):
+        assert torch.equal(torch.cat([p[i] for p in parts]), whole[i])
+    assert torch.equal(torch.cat([p[3]["y"] for p in parts]), whole[3]["y"])
+
+
+def test_times_with_a_memory_are_asked_once_a_step():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, u):
+            self.calls += 1
+            return 1 - u
+
+    run = trainer(accumulate=4, times=Counting())
+    for _ in range(3):
+        run.train_step()
+    assert run.times.calls == 3
+
+
+def test_accumulated_gradient_is_that_of_the_batch():
+    one, parts = trainer(clip=1e9), trainer(clip=1e9, accumulate=8)
+    for _ in range(3):
+        torch.testing.assert_close(one.train_step(), parts.train_step(), rtol=1e-6, atol=0)
+    for m in ("exp_avg", "exp_avg_sq"):
+        a, b = (r.optimizer.state[r.params[0]][m] for r in (one, parts))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("batch, parts", [(16, 3), (2, 4)])
+def test_a_batch_that_cannot_be_shared_out(batch, parts):
+    with pytest.raises(
+        ValueError, match=f"batch: {batch} pictures cannot be shared out to 1 processes × {parts} parts"
+    ):
+        trainer(batch=batch, accumulate=parts)
+
+
+# bytes
+
+
+def test_bytes_stand_for_the_pictures_they_were_made_from():
+    x = torch.randint(0, 256, (N, 1, 4, 4), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
+    small = as_bytes(x)
+    assert small.dtype == torch.uint8 and small.nbytes == x.nbytes // 4
+    runs = [Trainer(NetDenoiser(Scale(), CosineSchedule()), data, steps=5, lr=lambda k: 0.1, batch=8, device="cpu") for data in (x, small)]  # fmt: skip
+    a, b = (next(r.draw(3)) for r in runs)
+    assert a[0].equal(b[0]) and b[0].dtype == torch.float32
+    assert runs[0].train_step() == runs[1].train_step()
+
+
+def test_pictures_that_bytes_would_round_stay_as_they_are():
+    assert as_bytes(PICTURES) is PICTURES
+
+
+# steps that go wrong
+
+
+class Spoilt(Scale):
+    "Its output is not a number in some of the calls."
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad, self.calls = bad, 0
+
+    def forward(self, x, t, y=None):
+        self.calls += 1
+        return self.w * x * (torch.nan if self.calls - 1 in self.bad else 1.0)
+
+
+def spoilt(bad, **options):
+    return Trainer(NetDenoiser(Spoilt(bad), CosineSchedule()), PICTURES, **dict(steps=20, lr=lambda k: 0.1, batch=16, device="cpu", read=5) | options)  # fmt: skip
+
+
+def test_a_step_that_is_not_a_number_is_left_out_and_counted():
+    run = spoilt({3, 4}, skip=True)
+    for _ in range(3):
+        run.train_step()
+    before = {k: v.clone() for k, v in run._tensors().items() if not k.startswith("average")}
+    run.train_step(), run.train_step()
+    assert all(v.equal(before[k]) for k, v in run._tensors().items() if k in before)
+    assert run.skipped == 2 and run.optimizer.state[run.params[0]]["step"] == 3
+    run.train_step()
+    assert run.params[0].isfinite() and run.params[0] != before["net.net.w"]
+
+
+def test_the_losses_of_left_out_steps_are_not_averaged():
+    run = spoilt({3, 4}, skip=True)
+    run.fit()
+    assert [k for k, _ in run.losses] == [5, 10, 15, 20]
+    plain = spoilt(set(), skip=True)
+    first = [plain.train_step().item() for _ in range(3)]
+    assert run.losses[0][1] == pytest.approx(sum(first) / 3)
+
+
+def test_nothing_but_bad_steps_stops_even_so():
+    with pytest.raises(FloatingPointError, match="the loss is nan between steps 5 and 10"):
+        spoilt(set(range(5, 99)), skip=True).fit()
+
+
+def test_without_skip_a_bad_step_stops_before_it_is_saved(tmp_path):
+    file = tmp_path / "run.safetensors"
+    run = spoilt({7}, checkpoint=file, every=3)
+    with pytest.raises(
+        FloatingPointError, match=r"between steps 6 and 9: .*skip=True leaves such steps out.*holds step 6"
+    ):
+        run.fit()
+    again = spoilt(set(), checkpoint=file, every=3)
+    assert again.step == 6 and all(v.isfinite().all() for v in again._tensors().values())
+
+
+def test_skipped_steps_are_remembered(tmp_path):
+    whole, first = (spoilt({2}, skip=True, checkpoint=tmp_path / f"{i}.safetensors") for i in range(2))
+    for _ in range(8):
+        whole.train_step()
+    for _ in range(5):
+        first.train_step()
+    first.save()
+    second = spoilt(set(), skip=True, checkpoint=tmp_path / "1.safetensors")
+    for _ in range(3):
+        second.train_step()
+    assert second.skipped == 1
+    assert all(v.equal(whole._tensors()[k]) for k, v in second._tensors().items())
+
+
+class Hungry(Scale):
+    "Runs out of memory with more than `most` pictures."
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def forward(self, x, t, y=None):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.w * x
+
+
+@pytest.mark.parametrize("batch, most, parts", [(32, 9, 4), (32, 31, 2), (30, 8, 5)])
+def test_out_of_memory_says_what_would_fit(batch, most, parts):
+    options = dict(steps=2, lr=lambda k: 0.1, batch=batch, device="cpu")
+    with pytest.raises(MemoryError, match=rf"accumulate={parts} trains the same batch in parts"):
+        Trainer(NetDenoiser(Hungry(most), CosineSchedule()), PICTURES, **options).fit()
+    Trainer(NetDenoiser(Hungry(most), CosineSchedule()), PICTURES, accumulate=parts, **options).fit()
+
+
+def test_not_even_one_fits():
+    with pytest.raises(MemoryError, match="not even a batch of one"):
+        Trainer(
+            NetDenoiser(Hungry(0), CosineSchedule()), PICTURES, steps=2, lr=lambda k: 0.1, batch=8, device="cpu"
+        ).fit()
+
+
+def test_largest_that_fits():
+    tried = []
+
+    def attempt(n):
+        tried.append(n)
+        if n > 20:
+            raise torch.OutOfMemoryError
+        if n == 0:
+            raise AssertionError
+
+    assert largest_that_fits(attempt, 100) == 12 and tried == [100, 50, 25, 12]
+
+
+# hooks
+
+
+class Watch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(()))
+        self.steps = []
+
+    def forward(self, run):
+        self.steps.append(run.step)
+        self.total += run.params[0].detach()
+
+
+def test_hooks_see_each_step_and_their_buffers_are_kept(tmp_path):
+    watch, again, whole = Watch(), Watch(), Watch()
+    options = dict(checkpoint=tmp_path / "run.safetensors", every=4)
+    stopped = trainer(hooks=[watch, lambda run: run.step == 10 and signal.raise_signal(signal.SIGTERM)], **options)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 11 of 20; run again"):
+        stopped.fit()
+    trainer(hooks=[again, lambda run: None], **options).fit()
+    trainer(hooks=[whole]).fit()
+    assert watch.steps == list(range(1, 12)) and again.steps == list(range(12, 21))
+    assert again.total == whole.total != watch.total
+
+
+# checkpoints
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    trainer(checkpoint=tmp_path / "run.safetensors", every=3, keep=3).fit()
+    assert files(tmp_path) == ["run.safetensors", "run.safetensors.1", "run.safetensors.2"]
+    steps = [load_tensors(tmp_path / f)[1]["step"] for f in files(tmp_path)]
+    assert steps == ["20", "18", "15"]
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda b: b[:-7], lambda b: b[:100], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 4])]
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, harm):
+    file = tmp_path / "run.safetensors"
+    first = trainer(checkpoint=file, every=5)
+    for _ in range(10):
+        first.train_step()
+        if first.step % 5 == 0:
+            first.save()
+    file.write_bytes(harm(file.read_bytes()))
+    with pytest.warns(
+        UserWarning, match=r"run.safetensors is damaged .*; going on from run.safetensors.1"
+    ):
+        second = trainer(checkpoint=file, every=5)
+    assert second.step == 5
+    second.train_step()
+    second.save()
+    assert [load_tensors(p)[1]["step"] for p in (file, Path(f"{file}.1"))] == ["6", "5"]
+    for p in (file, Path(f"{file}.1")):
+        p.write_bytes(b"x")
+    with pytest.raises(
+        ValueError, match="run.safetensors is damaged.*run.safetensors.1 is damaged.*delete it to start again"
+    ):
+        trainer(checkpoint=file)
+
+
+def test_a_writer_killed_between_its_two_renames(tmp_path):
+    file = tmp_path / "run.safetensors"
+    trainer(checkpoint=file, every=10).fit()
+    file.rename(f"{file}.1")
+    assert trainer(checkpoint=file).step == 20
+
+
+def test_rubbish_of_a_killed_writer_is_cleared(tmp_path):
+    file = tmp_path / "run.safetensors"
+    (tmp_path / "run.safetensors.new.123.tmp").write_bytes(b"half")
+    trainer(checkpoint=file).fit()
+    assert files(tmp_path) == ["run.safetensors"]
+
+
+def test_a_checkpoint_of_another_network_names_what_differs(tmp_path):
+    class Two(Scale):
+        def __init__(self):
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(()))
+
+        def forward(self, x, t, y=None):
+            return self.w.sum() * x + self.b
+
+    file = tmp_path / "run.safetensors"
+    trainer(checkpoint=file).fit()
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit the network: net.net.b missing, expected \(\).*net.net.w \(\), expected \(2,\)",
+    ):
+        Trainer(
+            NetDenoiser(Two(), CosineSchedule()),
+            PICTURES,
+            steps=20,
+            lr=lambda k: 0.1,
+            batch=16,
+            device="cpu",
+            checkpoint=file,
+        )
+
+
+def test_a_disk_that_fills_up_costs_no_step(tmp_path, monkeypatch):
+    file, run = tmp_path / "run.safetensors", None
+    whole = trainer().fit()
+
+    def full(*args, **options):
+        if 5 <= run.step < 15:
+            raise SafetensorError("No space left on device (os error 28)")
+        save_file(*args, **options)
+
+    monkeypatch.setattr("diffusion_nb.core.save_file", full)
+    run = trainer(checkpoint=file, every=4)
+    with pytest.warns(
+        UserWarning,
+        match=r"the checkpoint of step 12 could not be written: .*No space left.* That of step 4 is whole. Training goes on",
+    ):
+        fitted = run.fit()
+    assert all(a.equal(b) for a, b in zip(fitted.parameters(), whole.parameters(), strict=True))
+    assert [load_tensors(p)[1]["step"] for p in (file, Path(f"{file}.1"))] == ["20", "16"]
+
+
+def test_too_little_room_is_said_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(100, 92, 8))
+    run = trainer(checkpoint=tmp_path / "run.safetensors")
+    with pytest.raises(OSError, match="room for 3 checkpoints"):
+        run.fit()
+    assert run.step == 0
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_first_step(tmp_path):
+    (tmp_path / "file").touch()
+    run = trainer(checkpoint=tmp_path / "file" / "run.safetensors")
+    with pytest.raises(OSError, match="no checkpoint can be written there"):
+        run.fit()
+    assert run.step == 0
