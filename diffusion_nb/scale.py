@@ -408,10 +408,10 @@ def file_hash(path: Path) -> str:
         sha.update(p.read_bytes())
     return sha.hexdigest()[:16]
 
-# %% ../nbs/28_scale.ipynb #b27e0cfc
+# %% ../nbs/28_scale.ipynb #2ba56621
 @contextlib.contextmanager
 def telling(safe: Callable[[], str]):
-    "Inside, SIGTERM interrupts as Ctrl-C does; and an interruption, a full disk or any other error says `safe()`: what is not lost."
+    "Inside, SIGTERM interrupts as Ctrl-C does; and an interruption, a full disk or a failure at work says `safe()`: what is not lost."
     on_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if on_main else None
     try:
@@ -423,7 +423,7 @@ def telling(safe: Callable[[], str]):
             e.errno,
             f"{e.strerror or e} ({e.filename or 'while writing'}): {safe()}, once there is room and leave to write",
         ) from e
-    except Exception as e:
+    except (ArithmeticError, RuntimeError, MemoryError) as e:
         e.add_note(safe())
         raise
     finally:
