@@ -483,6 +483,27 @@ def test_a_part_of_another_run_is_no_part(tmp_path):
         make(tmp_path / "b.safetensors", Counted(tiny(1)))
 
 
+def test_the_last_chunk_has_the_size_of_the_others(tmp_path):
+    sizes = []
+
+    def look(denoiser, x, ts, *, noise, **cond):
+        sizes.append((len(x), len(cond["y"])))
+        return x
+
+    make(tmp_path / "a.npz", sampler=look, chunk=4)
+    assert sizes == [(4, 4)] * 3
+
+
+def test_each_process_draws_its_share_only(tmp_path, whole):
+    out, calls = tmp_path / "a.safetensors", []
+    for rank in (1, 0):
+        job = Counted(tiny())
+        done = make(out, job, chunk=4, rank=rank, world=2)
+        calls.append((done, job._calls))
+    assert calls == [(False, 4), (True, 8)]  # one chunk of four steps, and two
+    assert load_file(out)["pictures"].equal(whole)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 10, 16])
 def test_goes_on_in_another_chunk_size(chunk, tmp_path, whole):
     out, again = tmp_path / "a.safetensors", Counted(tiny())
