@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'WAITS', 'FORMS', 'flops', 'seconds', 'matrix_peak', 'utilisation', 'caller', 'HostSyncs', 'device_of',
-           'InDtype', 'Fast', 'largest_that_fits', 'draw', 'fitting_chunk', 'digest', 'described', 'identity', 'record',
-           'conditions', 'check_record', 'Parts', 'write_safetensors', 'write_npz', 'write_folder', 'file_hash',
-           'telling', 'check_generate', 'check_pictures', 'generate', 'begun', 'finished', 'merge']
+           'InDtype', 'Fast', 'draw', 'fitting_chunk', 'digest', 'described', 'identity', 'record', 'conditions',
+           'check_record', 'Parts', 'write_safetensors', 'write_npz', 'write_folder', 'file_hash', 'telling',
+           'check_generate', 'check_pictures', 'generate', 'begun', 'finished', 'merge']
 
-# %% ../nbs/28_scale.ipynb #31cfd59f
+# %% ../nbs/28_scale.ipynb #74ced4ba
 import contextlib
 import copy
 import hashlib
@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 from .core import Noise, default_device, like, write_atomically
 from .data import to_bytes
 from .denoiser import Denoiser, NetDenoiser, Pred
+from .training import largest_that_fits
 
 # %% ../nbs/28_scale.ipynb #e079f182
 def flops(call: Callable[[], object]) -> int:
@@ -204,20 +205,7 @@ class Fast(Denoiser):
             rest = [None if v is None else v.clone() for v in rest]
         return Pred(x_t, *rest)
 
-# %% ../nbs/28_scale.ipynb #a67e4b16
-def largest_that_fits(attempt: Callable[[int], object], n: int) -> int:
-    "The largest of n, n/2, n/4, … for which `attempt` does not run out of the GPU's memory. Raises MemoryError if even 1 does."
-    size = n
-    while size:
-        try:
-            attempt(size)
-            return size
-        except torch.OutOfMemoryError:
-            size //= 2
-        torch.cuda.empty_cache()
-    raise MemoryError("not even one fits into the GPU's memory: take a smaller network, or bf16")
-
-
+# %% ../nbs/28_scale.ipynb #c36c00de
 def draw(denoiser: Denoiser, sampler: Callable, ts: Float[Tensor, " n+1"], seeds: Int[Tensor, " b"], shape: Sequence[int],
          cond: dict[str, Tensor]) -> Float[Tensor, "b *shape"]:  # fmt: skip
     "One picture a seed: sampler(denoiser, sigma(ts[0]) noise(0), ts, noise=noise, **cond), on the denoiser's device."

@@ -29,7 +29,7 @@ from diffusion_nb.nets.unet import UNet
 from diffusion_nb.samplers.ddim import ddim
 from diffusion_nb.samplers.ddpm import ddpm, time_grid
 from diffusion_nb.samplers.solvers import dpmpp_2m, dpmpp_2m_sde, heun
-from diffusion_nb.scale import Fast, HostSyncs, flops, generate, identity, largest_that_fits, utilisation
+from diffusion_nb.scale import Fast, HostSyncs, flops, generate, identity, utilisation
 
 TS, SHAPE = time_grid(4), (1, 8, 8)
 
@@ -306,19 +306,6 @@ def test_compiled_for_real():
 # the size of a chunk
 
 
-def test_the_largest_that_fits():
-    tried = []
-
-    def attempt(n):
-        tried.append(n)
-        if n > 20:
-            raise torch.OutOfMemoryError
-
-    assert largest_that_fits(attempt, 100) == 12 and tried == [100, 50, 25, 12]
-    with pytest.raises(MemoryError, match="not even one"):
-        largest_that_fits(lambda n: attempt(99), 8)
-
-
 def test_the_chunk_is_found_once_and_kept(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(scale, "fitting_chunk", lambda *a: asked.append(a[-1]) or 3)
@@ -326,6 +313,23 @@ def test_the_chunk_is_found_once_and_kept(tmp_path, monkeypatch):
         make(tmp_path / "a.npz", Counted(tiny(), at=6), world=2)
     make(tmp_path / "a.npz", rank=0, world=2), make(tmp_path / "a.npz", rank=1, world=2)
     assert asked == [5]  # at most a share, and only by the first
+
+
+def test_on_a_gpu_the_chunk_is_tried_with_the_denoiser_that_is_not_compiled(monkeypatch):
+    tried = []
+
+    def draw(denoiser, sampler, ts, seeds, shape, cond):
+        tried.append((type(denoiser), len(ts), len(seeds), len(cond["y"])))
+        if len(seeds) > 300:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(scale, "draw", draw)
+    monkeypatch.setattr(scale, "device_of", lambda module: torch.device("cuda"))
+    monkeypatch.setattr(
+        Fast, "__init__", lambda self, d: (Denoiser.__init__(self), setattr(self, "denoiser", d))[0]
+    )
+    assert scale.fitting_chunk(Fast(tiny()), ddpm, time_grid(9), SHAPE, labels, 5000) == 256
+    assert tried == [(NetDenoiser, 3, n, n) for n in (1024, 512, 256)]
 
 
 def test_a_chunk_is_no_larger_than_asked():
