@@ -118,7 +118,6 @@ def arguments(doc, **defaults):
 
 
 def prepare(device):
-    torch.set_num_threads(max(2, torch.get_num_threads()))
     torch.manual_seed(0)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
