@@ -34,20 +34,20 @@ def rates(makes, pictures, args):
 
 
 def training(s, nets, args):
-    "In turns of ten steps, in one of which lucidrains' library updates its average."
+    "In turns of ten steps, of which lucidrains' library updates its average in one."
     x0 = pictures(10 * s.batch, s.size, s.device)
 
     def make(name):
         step = checked_training(name, s, nets[name], x0, steps=0).step
 
         def turn():
-            for _ in range(10):
+            for _ in range(args.turn):
                 step()
             sync(s.device)
 
         return turn
 
-    return rates({name: lambda name=name: make(name) for name in nets}, 10 * s.batch, args)
+    return rates({name: lambda name=name: make(name) for name in nets}, args.turn * s.batch, args)
 
 
 def sampling(s, nets, args, steps=10):
@@ -74,6 +74,7 @@ def measure(args):
     nets.pop(f"lucidrains {s.width}")
     check_networks(nets, s.size)
     check_walks(s, nets)
+    nets = {name: nets[name] for name in args.only or nets}
     axes = {"batch": args.batches, "height and width": args.sizes}
     at = {"batch": lambda x: s._replace(batch=x), "height and width": lambda x: s._replace(size=x)}
     curves = {}
@@ -120,6 +121,8 @@ def main():
     for name, cpu, gpu in (("batches", (1, 2, 4, 8), (1, 8, 64, 256)), ("sizes", (16, 32, 64), (16, 32, 64, 128)),
                            ("steps", (5, 10, 20, 50), (5, 10, 20, 50))):  # fmt: skip
         args.add_argument(f"--{name}", type=int, nargs="*", default=list(gpu if on_gpu else cpu))
+    args.add_argument("--turn", type=int, default=10, help="steps a turn")
+    args.add_argument("--only", nargs="+", help="some of the contenders")
     args.add_argument("--draw", action="store_true", help="measure nothing")
     args = args.parse_args()
     if not args.draw:

@@ -31,9 +31,7 @@ def run(tmp_path, monkeypatch):
     "Run a benchmark's command with these options; returns what it wrote."
 
     def command(module, name, options):
-        monkeypatch.setattr(
-            sys, "argv", [f"{name}.py", *options.split(), "--width=8", "--rounds=1", f"--out={tmp_path}"]
-        )
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *options, "--width=8", "--rounds=1", f"--out={tmp_path}"])
         monkeypatch.setattr(contenders, "matrix_peak", lambda *_: 1e12)
         module.main()
         return json.loads((tmp_path / f"{name}-cpu.json").read_text())
@@ -49,9 +47,11 @@ def rows_of(told, name="diffusion_nb"):
 
 
 def test_training(run):
-    told = run(train, "train", "--size 8 --batch 4 --turn 1 --bf16")
+    told = run(
+        train, "train", ["--size=8", "--batch=4", "--turn=1", "--bf16", "--only", "diffusion_nb", "lucidrains 4"]
+    )
     row = rows_of(told)
-    assert set(told["results"]) == {"diffusion_nb", "diffusers", "lucidrains 4", "lucidrains 8"}
+    assert set(told["results"]) == {"diffusion_nb", "lucidrains 4"}
     # The rate times the operations of a picture is the rate of operations, and its share of the peak, here 1 TFLOP/s.
     assert row["TFLOP/s"] == pytest.approx(row["pictures/s"] * row["GFLOP a picture"] / 1e3, rel=1e-2)
     assert row["share of the matrix peak"] == pytest.approx(row["TFLOP/s"], rel=1e-2)
@@ -59,18 +59,24 @@ def test_training(run):
 
 
 def test_sampling_and_profile(run, tmp_path):
-    told = run(sample, "sample", "--size 8 --batch 2 --steps 2 --profile --only diffusion_nb diffusers")
+    told = run(
+        sample,
+        "sample",
+        ["--size=8", "--batch=2", "--steps=2", "--profile", "--only", "diffusion_nb", "diffusers"],
+    )
     assert set(told["results"]) == {"diffusion_nb", "diffusers"} and told["ratios"]["diffusion_nb"] == 1
     assert "convolution" in (tmp_path / "sample-cpu-profile.txt").read_text()
 
 
 def test_fifty_thousand(run):
-    row = rows_of(run(fifty_thousand, "fifty_thousand", "--n 3 --batch 2 --only dpmpp_2m-10"), "dpmpp_2m-10")
+    row = rows_of(run(fifty_thousand, "fifty_thousand", ["--n=3", "--batch=2", "--only", "one step"]), "one step")
     assert row["pictures"] == 4  # two whole batches
 
 
 def test_curves(run, tmp_path):
-    told = run(curves, "curves", "--batches 1 2 --sizes --steps 1")
+    told = run(
+        curves, "curves", ["--batches", "1", "2", "--sizes", "--steps=1", "--turn=1", "--only", "diffusers"]
+    )
     assert told["results"]["training against batch"]["x"] == [1, 2]
     assert len(told["results"]["sampling against steps"]["diffusers"]) == 1
     assert (tmp_path / "curves-cpu.png").read_bytes().startswith(b"\x89PNG")
