@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['chosen', 'execute', 'web_page', 'title', 'index_page', 'run', 'train', 'watchers', 'train_together', 'distill',
-           'device_name', 'write_json', 'load_model', 'sample', 'bits', 'data', 'artifact_makers', 'artifacts',
-           'ledger', 'parser', 'main']
+           'device_name', 'write_json', 'load_model', 'sample', 'sample_together', 'write_grid', 'bits', 'data',
+           'artifact_makers', 'artifacts', 'ledger', 'parser', 'main']
 
 # %% ../nbs/cli.ipynb #c15420bf
 import argparse
@@ -123,7 +123,7 @@ def run(args) -> int:
     print(f"open {out / 'index.html'}")
     return 1 if failed else 0
 
-# %% ../nbs/cli.ipynb #fa02e6f1
+# %% ../nbs/cli.ipynb #0bc5dac2
 def train(args) -> int:
     from diffusion_nb.runs import together
 
@@ -269,59 +269,82 @@ def load_model(folder: str):
 
 
 def sample(args) -> int:
-    import torch
-    from PIL import Image
-    from safetensors.torch import save_file
-    from tqdm import tqdm
+    from diffusion_nb.runs import together
 
-    from diffusion_nb.core import Noise, default_device, write_atomically
-    from diffusion_nb.data import picture_grid
+    with together(cpu=args.device == "cpu") as team:
+        return sample_together(args, team)
+
+
+def sample_together(args, team) -> int:
+    "One of the processes that draw; there may be one only."
+    import torch
+
     from diffusion_nb.denoiser import Clip
     from diffusion_nb.elbo import large, small
+    from diffusion_nb.guidance import CFG
     from diffusion_nb.samplers.ddim import ddim, logsnr_grid, time_at
     from diffusion_nb.samplers.ddpm import ddpm, time_grid
     from diffusion_nb.samplers.solvers import dpmpp_2m
+    from diffusion_nb.scale import Fast, generate
 
-    device = torch.device(args.device) if args.device else default_device()
+    device = torch.device(args.device) if args.device else team.device
     model, r, shape = load_model(args.model)
-    if args.label is not None and not 0 <= args.label < r["classes"]:
+    classes = r["classes"]
+    if args.label is not None and not 0 <= args.label < classes:
         raise ValueError(
-            f"--label: this model knows the labels 0 to {r['classes'] - 1}"
-            if r["classes"]
+            f"--label: this model knows the labels 0 to {classes - 1}"
+            if classes
             else "--label: this model knows no labels"
         )
-    if args.n < 1 or args.batch < 1 or args.steps < 1:
-        raise ValueError("--n, --batch and --steps: expected numbers of at least 1")
-    model, var, start = (
-        Clip(model).to(device),
-        {"small": small, "large": large}[args.variance],
-        time.perf_counter(),
-    )
-    run, ts = (
-        {"ddpm": partial(ddpm, var=var), "ddim": ddim, "dpmpp_2m": dpmpp_2m}[args.sampler],
-        time_grid(args.steps),
-    )
+    if args.guidance and not classes:
+        raise ValueError("--guidance: this model knows no labels to be guided to")
+    if args.n < 1 or args.batch < 0 or args.steps < 1:
+        raise ValueError(
+            "--n and --steps: expected numbers of at least 1; --batch: of at least 1, or 0 for what fits"
+        )
+    start, ts = time.perf_counter(), time_grid(args.steps)
+    run = {
+        "ddpm": partial(ddpm, var={"small": small, "large": large}[args.variance]),
+        "ddim": ddim,
+        "dpmpp_2m": dpmpp_2m,
+    }[args.sampler]
     if args.sampler == "dpmpp_2m":  # the grid of notebook 12: even log SNR from -6 to 2, then the guess
         ts = logsnr_grid(model.schedule, args.steps, *time_at(model.schedule, [2.0, -6.0]).tolist())
-    labels = torch.arange(args.n) % r["classes"] if r["classes"] else torch.zeros(args.n, dtype=torch.long)
-    labels = labels if args.label is None else torch.full((args.n,), args.label)
-    seeds, parts = torch.arange(args.n) + args.seed, []
-    sigma = model.schedule(ts[0])[1].item()
-    for i in tqdm(range(0, args.n, args.batch), desc="sampling", unit="batch"):
-        noise = Noise(seeds[i : i + args.batch], shape, device)
-        cond = {"y": labels[i : i + args.batch].to(device)} if r["classes"] else {}
-        parts.append(run(model, sigma * noise(0), ts, noise=noise, **cond).cpu())
-    x, out = torch.cat(parts), Path(args.out)
-    tensors = {"x": x, "seed": seeds} | ({"y": labels} if r["classes"] else {})
-    write_atomically(out / "samples.safetensors", lambda p: save_file(tensors, p))
-    scale = max(1, 64 // shape[1])
-    grid = picture_grid(x[:400].repeat_interleave(scale, 2).repeat_interleave(scale, 3)).squeeze(-1).numpy()
-    write_atomically(out / "grid.png", lambda p: Image.fromarray(grid).save(p, "PNG"))
-    about = {k: v for k, v in vars(args).items() if k != "command"} | dict(seconds=round(time.perf_counter() - start, 1),
-             device=device_name(device), torch=torch.__version__, recipe=r)  # fmt: skip
-    write_json(out / "run.json", about)
-    print(f"wrote {args.n} pictures: {out}/grid.png, samples.safetensors and run.json")
+    model = Clip(CFG(model, args.guidance, classes) if args.guidance else model).to(device)
+    labels = torch.arange(args.n) % (classes or 1) if args.label is None else torch.full((args.n,), args.label)
+    out = Path(args.out)
+    file = out / {"png": "pictures"}.get(args.format, f"samples.{args.format}")
+    generate(file, Fast(model, bf16=args.bf16), run, ts, args.n, shape, cond={"y": labels} if classes else None,
+             first=args.seed, chunk=args.batch or None)  # fmt: skip
+    if team.rank == 0:
+        write_grid(file, out / "grid.png")
+        about = {k: v for k, v in vars(args).items() if k != "command"} | dict(seconds=round(time.perf_counter() - start, 1),
+                 device=device_name(device), processes=team.world, torch=torch.__version__, recipe=r)  # fmt: skip
+        write_json(out / "run.json", about)
+        print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json")
     return 0
+
+
+def write_grid(file: Path, path: Path, most: int = 400) -> None:
+    "The first pictures of what `generate` wrote, in a grid."
+    import numpy as np
+    import torch
+    from PIL import Image
+    from safetensors import safe_open
+
+    from diffusion_nb.core import write_atomically
+    from diffusion_nb.data import picture_grid
+
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as f:
+            x = f.get_slice("pictures")[:most]
+    else:
+        bytes = np.load(file)["arr_0"][:most] if file.suffix else np.stack(
+            [np.atleast_3d(np.asarray(Image.open(p))) for p in sorted(file.glob("*.png"))[:most]])  # fmt: skip
+        x = torch.from_numpy(bytes).permute(0, 3, 1, 2) / 127.5 - 1
+    scale = max(1, 64 // x.shape[2])
+    grid = picture_grid(x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)).squeeze(-1).numpy()
+    write_atomically(path, lambda p: Image.fromarray(grid).save(p, "PNG"))
 
 # %% ../nbs/cli.ipynb #f1eb8cc8
 def bits(args) -> int:
@@ -457,7 +480,7 @@ def ledger(args) -> int:
     print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
     return 1 if missing else 0
 
-# %% ../nbs/cli.ipynb #8411cfa2
+# %% ../nbs/cli.ipynb #9f058768
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="diffusion-nb", description="Diffusion models: run the book, train, draw.",
                                 epilog="Start with `diffusion-nb run`, or draw digits at once with `diffusion-nb sample`.")  # fmt: skip
@@ -506,16 +529,23 @@ def parser() -> argparse.ArgumentParser:
             out=("folder to write (default: runs/distill-DATA, with --consistency runs/DATA)", str), every=("steps between checkpoints", 1000),
             bf16=("bfloat16 autocast, for GPUs", bool), compile=("torch.compile the networks, for GPUs", bool),
             device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
-    c = command(sample, "draw pictures with a trained model: a PNG, the numbers, and a record of how",
+    c = command(sample, "draw pictures with a trained model, a grid of them, and a record of how; goes on where an earlier run of the same command stopped",
                 model=("a folder written by train, or digits: the model that comes with the book", "digits"), n=("how many", 64),
                 steps=("network calls a picture", 100), seed=("picture i has seed SEED + i", 0),
-                label=("draw this class only (default: all in turn)", int), batch=("at a time; does not change the pictures", 256),
+                label=("draw this class only (default: all in turn)", int), guidance=("classifier-free guidance, the weight w in (w+1) with - w without label", 0.0),
+                batch=("pictures at a time, which does not change them; 0: as many as fit", 0), bf16=("the network in bfloat16, for GPUs", bool),
                 out=("folder to write", "runs/samples"), device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
     c.add_argument(
         "--sampler",
         choices=["ddpm", "ddim", "dpmpp_2m"],
         default="ddpm",
         help="how to walk from noise to pictures: ddpm, or with few steps, such as --steps 20, ddim or dpmpp_2m (default: ddpm)",
+    )
+    c.add_argument(
+        "--format",
+        choices=["safetensors", "npz", "png"],
+        default="safetensors",
+        help="one file of floats, one file of bytes (arr_0, as FID tools read it), or a PNG a picture (default: safetensors)",
     )
     c.add_argument(
         "--variance",
