@@ -123,7 +123,7 @@ def run(args) -> int:
     print(f"open {out / 'index.html'}")
     return 1 if failed else 0
 
-# %% ../nbs/cli.ipynb #0bc5dac2
+# %% ../nbs/cli.ipynb #862dca27
 def train(args) -> int:
     from diffusion_nb.runs import together
 
@@ -235,9 +235,9 @@ def write_json(path: Path, value: dict) -> None:
 def load_model(folder: str):
     "The denoiser in a folder that `train` wrote, or the digit model that comes with the book; and its recipe."
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load
 
+    from diffusion_nb.core import check_fits
+    from diffusion_nb.runs import read_weights
     from diffusion_nb.training import digit_denoiser, recipe, recipe_denoiser
     from diffusion_nb.vdm import vdm_denoiser
 
@@ -254,14 +254,9 @@ def load_model(folder: str):
         denoiser = (vdm_denoiser if about["vdm"] else recipe_denoiser)(about["recipe"], about["shape"])
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"{path / 'run.json'} is damaged, or not written by `diffusion-nb train`: {e!r}") from e
-    try:
-        saved = load((path / "model.safetensors").read_bytes())
-    except SafetensorError as e:
-        raise ValueError(f"{path / 'model.safetensors'} is damaged: {e}") from e
     own = dict((denoiser if about["vdm"] else denoiser.net).named_parameters())
-    shapes, expected = ({k: tuple(v.shape) for k, v in part.items()} for part in (saved, own))
-    if differ := sorted(k for k in saved.keys() | own.keys() if shapes.get(k) != expected.get(k)):
-        raise ValueError(f"{path / 'model.safetensors'} does not fit its run.json, which describes a network with other {', '.join(differ[:5])}")  # fmt: skip
+    saved = read_weights(path / "model.safetensors")
+    check_fits(own, saved, f"{path / 'model.safetensors'}, by its run.json,")
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(saved[name])

@@ -106,7 +106,7 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path, monkeypatch):
     for batch in ("2", "4"):
         words = ["--n", "4", "--steps", "2", "--batch", batch, "--device", "cpu", "--out", str(tmp_path / batch)]
         assert main(["sample", *words]) == 0
-    parted, whole = (load_file(tmp_path / batch / "samples.safetensors")["x"] for batch in ("2", "4"))
+    parted, whole = (load_file(tmp_path / batch / "samples.safetensors")["pictures"] for batch in ("2", "4"))
     torch.testing.assert_close(parted, whole)
 
 
@@ -117,7 +117,7 @@ def test_samplers_without_fresh_noise_keep_the_data(sampler, tmp_path, monkeypat
     monkeypatch.setattr(cli, "load_model", lambda folder: (exact, {"classes": 0}, (1, 8, 8)))
     words = ["--n", "64", "--steps", "100", "--sampler", sampler, "--device", "cpu", "--out", str(tmp_path)]
     assert main(["sample", *words]) == 0
-    x = load_file(tmp_path / "samples.safetensors")["x"]
+    x = load_file(tmp_path / "samples.safetensors")["pictures"]
     assert abs(x.std() - 0.1) < (0.01 if sampler == "ddim" else 0.08) and x.mean().abs() < 0.02
     assert json.loads((tmp_path / "run.json").read_text())["sampler"] == sampler
 
@@ -172,7 +172,7 @@ def test_a_learned_schedule_is_trained_kept_measured_and_drawn_with(tmp_path, ca
         )
         == 0
     )
-    assert load_file(drawn / "samples.safetensors")["x"].isfinite().all()
+    assert load_file(drawn / "samples.safetensors")["pictures"].isfinite().all()
 
 
 def test_a_student_needs_its_teacher(tmp_path, capsys):
@@ -186,7 +186,7 @@ def test_weights_of_another_network_are_refused(tmp_path, capsys):
     assert main([*words, "--width", "12", "--out", str(tmp_path / "b")]) == 0
     (tmp_path / "b/model.safetensors").replace(tmp_path / "a/model.safetensors")
     assert main(["bits", "--model", str(tmp_path / "a")]) == 1
-    assert "does not fit its run.json" in capsys.readouterr().err
+    assert "does not fit the network" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("record", ["{}", "[]", "not json"])
@@ -200,5 +200,5 @@ def test_a_damaged_record_is_named(record, tmp_path, capsys):
 def test_a_training_stopped_by_the_clock_goes_on(tmp_path, capsys):
     words = ["train", "--steps", "3", "--batch", "2", "--width", "8", "--device", "cpu", "--out", str(tmp_path)]
     assert main([*words, "--minutes", "1e-9"]) == 0
-    assert "step 0 of 3; the same command goes on" in capsys.readouterr().out
+    assert "step 1 of 3; the same command goes on" in capsys.readouterr().out
     assert main(words) == 0 and json.loads((tmp_path / "run.json").read_text())["losses"][-1][0] == 3
