@@ -113,7 +113,9 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path):
     path = tmp_path / "log"
     for text in ("buy milk\nand bread\n", '{"step": 1}\n[1]\n', '{"step": "x"}\n', "3\n"):
         path.write_text(text)
-        with pytest.raises(ValueError, match="is no row of a log: expected a JSON object with a step; name another file"):
+        with pytest.raises(
+            ValueError, match="is no row of a log: expected a JSON object with a step; name another file"
+        ):
             JsonLines(path)(at(1))
         assert path.read_text() == text
 
@@ -158,9 +160,15 @@ def test_grids_do_not_disturb_and_can_be_compared(tmp_path):
     plain, watched = trainer(), trainer(hooks=[Grids(tmp_path, draw, every=8)])
     plain.fit(), watched.fit()
     assert plain.params[0].equal(watched.params[0])
-    assert [p.name for p in sorted(tmp_path.glob("*.png"))] == ["step-00000008.png", "step-00000016.png", "step-00000020.png"]
+    assert [p.name for p in sorted(tmp_path.glob("*.png"))] == [
+        "step-00000008.png",
+        "step-00000016.png",
+        "step-00000020.png",
+    ]
     assert Image.open(tmp_path / "step-00000020.png").size == (5, 5)
-    assert draw(plain.average).equal(draw(watched.average)) and not draw(plain.average).equal(fixed_draws((1, 2, 2), n=4, calls=3, first=4)(plain.average))
+    assert draw(plain.average).equal(draw(watched.average)) and not draw(plain.average).equal(
+        fixed_draws((1, 2, 2), n=4, calls=3, first=4)(plain.average)
+    )
 
 
 def test_grids_leave_the_random_numbers_alone(tmp_path):
@@ -214,7 +222,9 @@ def test_speed_says_which_share_was_used(capsys):
 
 
 def test_gamma_of_a_width():
-    assert power_gamma(0.05) == pytest.approx(16.97, abs=0.01) and power_gamma(0.1) == pytest.approx(6.94, abs=0.01)
+    assert power_gamma(0.05) == pytest.approx(16.97, abs=0.01) and power_gamma(0.1) == pytest.approx(
+        6.94, abs=0.01
+    )
     assert power_gamma(12**-0.5 - 1e-9) == pytest.approx(0, abs=1e-6)
     for bad in (0, -0.1, 0.3, math.nan):
         with pytest.raises(ValueError, match="sigma_rel: expected a width between 0 and"):
@@ -248,7 +258,10 @@ def test_shares_sum_to_one_and_fit(step):
 @pytest.fixture
 def walk(tmp_path):
     "A training of 120 steps as PowerEMA sees it, its weights, and the hook."
-    g, denoiser = torch.Generator().manual_seed(0), NetDenoiser(nn.Linear(3, 3).double(), CosineSchedule(), predict_v)
+    g, denoiser = (
+        torch.Generator().manual_seed(0),
+        NetDenoiser(nn.Linear(3, 3).double(), CosineSchedule(), predict_v),
+    )
     names, params = zip(*denoiser.named_parameters(), strict=True)
     hook, path = PowerEMA(denoiser, (0.05, 0.1, 0.07), tmp_path, every=30), []
     for step in range(1, 121):
@@ -272,9 +285,18 @@ def test_reconstruction_follows_the_mixture_of_profiles(walk):
         want = torch.einsum("k,kij->ij", power_profile(power_gamma(width), step, 120), walk.path)
         torch.testing.assert_close(reconstruct(found, width, step)[walk.name], want.float(), rtol=1e-5, atol=1e-5)
     two = [s for s in found if s.sigma_rel != 0.07]
-    shares = snapshot_weights([s.step for s in two], [power_gamma(s.sigma_rel) for s in two], 120, power_gamma(0.07))
-    mixed = sum(x * power_profile(power_gamma(s.sigma_rel), s.step, 120) for x, s in zip(shares.tolist(), two, strict=True))
-    torch.testing.assert_close(reconstruct(two, 0.07)[walk.name], torch.einsum("k,kij->ij", mixed, walk.path).float(), rtol=1e-5, atol=1e-5)
+    shares = snapshot_weights(
+        [s.step for s in two], [power_gamma(s.sigma_rel) for s in two], 120, power_gamma(0.07)
+    )
+    mixed = sum(
+        x * power_profile(power_gamma(s.sigma_rel), s.step, 120) for x, s in zip(shares.tolist(), two, strict=True)
+    )
+    torch.testing.assert_close(
+        reconstruct(two, 0.07)[walk.name],
+        torch.einsum("k,kij->ij", mixed, walk.path).float(),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_snapshots_that_are_not_there_or_damaged(walk, tmp_path):
@@ -330,7 +352,10 @@ def test_a_pickles_program_is_not_run(tmp_path, name, how):
         path.write_bytes(pickle.dumps(trap))
     else:
         torch.save(trap, path, _use_new_zipfile_serialization=how == "torch")
-    with pytest.raises(ValueError, match="is a pickle, which can run code as it is read: expected safetensors; .* allow_pickle=True"):
+    with pytest.raises(
+        ValueError,
+        match="is a pickle, which can run code as it is read: expected safetensors; .* allow_pickle=True",
+    ):
         read_weights(path)
     with pytest.raises(ValueError, match="holds more than tensors, which is not run"):
         read_weights(path, allow_pickle=True)
@@ -407,7 +432,15 @@ def test_a_process_by_itself_is_a_team_of_one():
 def test_processes_join_and_part(tmp_path):
     (tmp_path / "joins.py").write_text(JOINS)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "joins.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "joins.py"),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["0 of 2 on cpu: 3", "1 of 2 on cpu: 3"]
