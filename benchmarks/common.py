@@ -1,7 +1,10 @@
 """Timing and reporting for the benchmarks: contenders take turns in one run, the best of several rounds counts."""
 
+import argparse
 import datetime
 import json
+import math
+import os
 import platform
 import sys
 import time
@@ -9,12 +12,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+RESULTS = Path(__file__).parent / "results"
+LOAD = round(os.getloadavg()[0], 2)  # before the benchmark adds to it
+PACKAGES = ("torch", "diffusers", "azula", "smalldiffusion", "denoising-diffusion-pytorch", "ema-pytorch")
 
 
-def seconds(contenders, rounds=7):
-    "The shortest time of each contender over `rounds` rounds in which all take turns, after one round to warm up."
-    best = dict.fromkeys(contenders, float("inf"))
+def sync(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(contenders, rounds=7, minutes=math.inf):
+    """The shortest time of each contender over `rounds` rounds in which all take turns, after one round to warm up.
+
+    No round is begun after so many minutes, but one is always timed.
+    """
+    best, end = dict.fromkeys(contenders, math.inf), time.monotonic() + 60 * minutes
     for i in range(rounds + 1):
+        if i > 1 and time.monotonic() > end:
+            break
         for name, run in contenders.items():
             start = time.perf_counter()
             run()
@@ -22,6 +41,87 @@ def seconds(contenders, rounds=7):
             if i:
                 best[name] = min(best[name], elapsed)
     return best
+
+
+def flops(call):
+    "The operations of the matrix products and convolutions in `call()`, attention's included; a multiplication and an addition are two."
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+class InDtype(torch.nn.Module):
+    "The network in another dtype and layout than the walk, which stays in float32."
+
+    def __init__(self, net, layout):
+        super().__init__()
+        self.net, self.layout, self.dtype = net, layout, next(net.parameters()).dtype
+
+    def forward(self, x, t):
+        return self.net(x.to(self.dtype, memory_format=self.layout), t)
+
+
+def memory(device):
+    "Bytes in use on a GPU; 0 on a CPU."
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
+
+
+def peak_memory(device, before, run):
+    "The most GiB in use in `run()` beyond `before`, to three digits. None on a CPU, where it is not measured."
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return digits((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
+
+
+def matrix_peak(device, dtype, n):
+    "Operations a second in a product of two n×n matrices, the best of ten rounds."
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = 5 if torch.device(device).type == "cuda" else 1
+
+    def run():
+        for _ in range(times):
+            a @ b
+        sync(device)
+
+    return times * 2 * n**3 / seconds({"product": run}, rounds=10)["product"]
+
+
+def profile(path, contenders, device):
+    "Where the time of one turn of each contender goes, as text."
+    from torch.profiler import ProfilerActivity as Activity
+
+    on_gpu = torch.device(device).type == "cuda"
+    parts = []
+    for name, run in contenders.items():
+        with torch.profiler.profile(activities=[Activity.CPU] + [Activity.CUDA] * on_gpu) as p:
+            run()
+        order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        parts.append(f"{name}\n{p.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)}")
+    path.write_text("\n\n".join(parts))
+    print(f"where the time goes: {path}")
+
+
+def arguments(doc, **defaults):
+    "The options that the benchmarks of networks share."
+    on_gpu = torch.cuda.is_available()
+    args = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
+    args.add_argument("--width", type=int, default=128, help="of the U-Net; small for a test")
+    args.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=defaults.get("bf16", on_gpu))
+    args.add_argument("--compile", action=argparse.BooleanOptionalAction, default=defaults.get("compile", on_gpu))
+    args.add_argument("--rounds", type=int, default=5)
+    args.add_argument("--minutes", type=float, default=math.inf, help="begin no round after so many")
+    args.add_argument("--out", type=Path, default=RESULTS, help="the folder for the results")
+    return args
+
+
+def prepare(device):
+    torch.manual_seed(0)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
 
 
 def machine():
@@ -35,20 +135,27 @@ def machine():
         ]
         name = f"{models[0]}, {len(models)} cores"
     packages = {}
-    for p in ("torch", "diffusers", "azula", "smalldiffusion"):
+    for p in PACKAGES:
         try:
             packages[p] = version(p)
         except PackageNotFoundError:
             pass
-    return dict(device=name, threads=torch.get_num_threads(), python=platform.python_version(), **packages)
+    return dict(device=name, threads=torch.get_num_threads(), load_before=LOAD, python=platform.python_version(), **packages)  # fmt: skip
 
 
-def report(name, unit, rows, ratios=None):
-    "Print the table and write it to benchmarks/results/NAME.json with the machine, the versions and the command."
+def digits(value, n=4):
+    return float(f"{value:.{n}g}")
+
+
+def report(name, unit, rows, ratios=None, out=RESULTS, **about):
+    "Print the table and write it to OUT/NAME.json with the machine, the versions and the command. A row is a number, or a dict of them."
     for row, value in rows.items():
-        print(f"{row:50} {value:>10} {unit}" + (f"   × {ratios[row]}" if ratios and row in ratios else ""))
-    result = dict(command="python " + " ".join(sys.argv), date=str(datetime.date.today()), machine=machine(), unit=unit,
-                  results=rows, ratios=ratios)  # fmt: skip
-    path = Path(__file__).parent / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        if isinstance(value, dict):
+            print(f"{row:18}", ", ".join(f"{k}: {v}" for k, v in value.items()))
+        else:
+            print(f"{row:50} {value:>10} {unit}" + (f"   × {ratios[row]}" if ratios and row in ratios else ""))
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    result = dict(command=command, date=str(datetime.date.today()), machine=machine(), unit=unit,
+                  results=rows, ratios=ratios, **about)  # fmt: skip
+    out.mkdir(exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

@@ -2,18 +2,18 @@
 one step of a consistency model or of a distilled student.
 
 Run: python benchmarks/fifty_thousand.py                  (a GPU: bfloat16, compiled, channels last; writes results/fifty_thousand-cuda.json)
-     python benchmarks/fifty_thousand.py --n 2 --only ddim-20    (the CPU, float32, as a test that it runs; results/fifty_thousand-cpu.json)
+     python benchmarks/fifty_thousand.py --minutes 1.5         (the same, begins no batch of a sampler after so long)
+     python benchmarks/fifty_thousand.py --n 2 --only ddim-20    (a CPU, float32, as a test that it runs; results/fifty_thousand-cpu.json)
 
-The weights are untrained: time does not depend on them. Each sampler starts after a short walk that compiles and warms up. With
---n below 50,000 the total is for n pictures; nothing is extrapolated.
+The weights are untrained: time does not depend on them. Each sampler starts after a short walk that compiles and warms up. Where fewer than 50,000
+are drawn, the seconds are for those that were drawn; nothing is extrapolated. Before, DDIM's walk is held against diffusers' and lucidrains'.
 """
 
-import argparse
-import math
 import time
 
 import torch
-from common import report
+from common import InDtype, arguments, digits, prepare, report, sync
+from contenders import Setting, check_walks, networks
 
 from diffusion_nb.consistency import Guess, consistency_sample
 from diffusion_nb.core import Noise
@@ -41,23 +41,13 @@ RUNS = {
 }
 
 
-class InDtype(torch.nn.Module):
-    "The network in another dtype and layout than the walk, which stays in float32."
-
-    def __init__(self, net, dtype, layout):
-        super().__init__()
-        self.net, self.dtype, self.layout = net, dtype, layout
-
-    def forward(self, x, t):
-        return self.net(x.to(self.dtype, memory_format=self.layout), t)
-
-
-def model(device, dtype, compiled):
-    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
-    net = UNet().to(device, dtype, memory_format=layout).eval().requires_grad_(False)
-    if compiled:
+def model(args):
+    layout = torch.channels_last if args.bf16 else torch.contiguous_format
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    net = UNet(width=args.width).to(args.device, dtype, memory_format=layout).eval().requires_grad_(False)
+    if args.compile:
         net.compile()
-    return Clip(NetDenoiser(InDtype(net, dtype, layout), SCHEDULE)).to(device)
+    return Clip(NetDenoiser(InDtype(net, layout), SCHEDULE)).to(args.device)
 
 
 def walk(run, denoiser, ts, seeds, device):
@@ -65,45 +55,35 @@ def walk(run, denoiser, ts, seeds, device):
     return run(denoiser, noise(0), ts, noise=noise)
 
 
-def timed(run, denoiser, ts, n, batch, device):
-    "Seconds for n pictures, in batches of one size: the surplus of the last is drawn, too."
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    walk(run, denoiser, ts[sorted({0, len(ts) // 2, len(ts) - 1})], range(batch), device)
-    sync()
-    start = time.perf_counter()
-    for k in range(math.ceil(n / batch)):
-        x = walk(run, denoiser, ts, range(k * batch, (k + 1) * batch), device)
-        assert x.shape == (batch, *SHAPE)
-    sync()
-    assert torch.isfinite(x).all()
-    return time.perf_counter() - start
+def timed(run, ts, denoiser, args, batch):
+    "Pictures and seconds: n of them, or those begun within --minutes; in batches of one size, so the surplus of the last is drawn and counted, too."
+    walk(run, denoiser, ts[sorted({0, len(ts) // 2, len(ts) - 1})], range(batch), args.device)
+    sync(args.device)
+    start, k = time.perf_counter(), 0
+    while k * batch < args.n and (k == 0 or time.perf_counter() - start < 60 * args.minutes):
+        x = walk(run, denoiser, ts, range(k * batch, (k + 1) * batch), args.device)
+        sync(args.device)
+        k += 1
+    if x.shape != (batch, *SHAPE) or not torch.isfinite(x).all():
+        raise AssertionError(f"expected {batch} finite pictures, got {tuple(x.shape)}")
+    return k * batch, time.perf_counter() - start
 
 
 def main():
-    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args = arguments(__doc__)
     args.add_argument("--n", type=int, default=50_000, help="pictures for each sampler")
     args.add_argument("--batch", type=int, default=1000)
     args.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="some of the samplers")
-    args.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = args.parse_args()
-    on_gpu, batch = args.device == "cuda", min(args.batch, args.n)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    if on_gpu:
-        torch.backends.cudnn.benchmark = True
-    denoiser = model(args.device, dtype, compiled=on_gpu)
-    rows = {}
+    prepare(args.device)
+    check_walks(Setting(args.device, 16, 16, 2, False, False), networks(16, 16, args.device))
+    denoiser, rows = model(args), {}
+    s = Setting(args.device, args.width, SHAPE[1], min(args.batch, args.n), args.bf16, args.compile)
     for name in args.only:
-        run, ts = RUNS[name]
-        total = timed(run, denoiser, ts, args.n, batch, args.device)
-        rows[name] = round(total, 2)
-        rows[f"{name}, pictures/s"] = float(f"{args.n / total:.4g}")
-        print(f"{name:14} {args.n:,} pictures in {total:.1f} s: {args.n / total:.4g} a second", flush=True)
-    setting = f"{str(dtype).removeprefix('torch.')}, {'compiled, channels last' if on_gpu else 'not compiled'}, batch {batch}"
-    report(
-        f"fifty_thousand-{args.device}",
-        f"s for {args.n:,} pictures ({setting}), or pictures/s where it says so",
-        rows,
-    )
+        n, total = timed(*RUNS[name], denoiser, args, s.batch)
+        rows[name] = {"pictures": n, "seconds": digits(total), "pictures/s": digits(n / total)}
+        print(f"{name:14} {n:,} pictures in {total:.1f} s", flush=True)
+    report(f"fifty_thousand-{args.device}", f"sampling, {s.words()}", rows, out=args.out)
 
 
 if __name__ == "__main__":

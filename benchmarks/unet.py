@@ -8,19 +8,9 @@ import argparse
 
 import torch
 from common import report, seconds
-from diffusers import UNet2DModel
+from contenders import published
 
 from diffusion_nb.nets.unet import UNet, parameters
-
-
-def published():
-    "The configuration of the published DDPM weights for CIFAR-10."
-    return UNet2DModel(
-        sample_size=32, layers_per_block=2, block_out_channels=(128, 256, 256, 256), downsample_padding=0,
-        flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, attention_head_dim=None,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
 
 
 def contenders(device, dtype, batch):

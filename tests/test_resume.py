@@ -1,8 +1,11 @@
-"""A training that is killed, at any moment, goes on as if nothing had happened: the same weights, bit for bit."""
+"""A training that is killed, at any moment, goes on as if nothing had happened: the same weights, bit for bit, with one process and with two."""
 
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,36 +15,104 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion_nb.core import load_tensors
+
 STEPS = 60
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+CLI = [sys.executable, "-m", "diffusion_nb.cli"]
 
 
-def command(out):
-    return [Path(sys.executable).with_name("diffusion-nb"), "train", "--data", "digits", "--out", str(out), "--steps", str(STEPS),
-            "--batch", "16", "--width", "8", "--every", "5", "--device", "cpu"]  # fmt: skip
+def torchrun(processes):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "diffusion_nb.cli"]  # fmt: skip
+
+
+def accelerate(processes):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "diffusion_nb.cli"]  # fmt: skip
+
+
+def command(out, *more, by=CLI):
+    return [*by, "train", "--data", "digits", "--out", str(out), "--steps", str(STEPS),
+            "--batch", "16", "--width", "8", "--every", "5", "--device", "cpu", *more]  # fmt: skip
 
 
 def weights(out):
     return load_file(out / "model.safetensors")
 
 
+def same(out, reference):
+    found = weights(out)
+    return found.keys() == reference.keys() and all(found[k].equal(v) for k, v in reference.items())
+
+
+def difference(out, reference):
+    return max((weights(out)[k] - v).abs().max().item() for k, v in reference.items())
+
+
+def train(out, *more, by=CLI):
+    done = subprocess.run(command(out, *more, by=by), env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def losses(out):
+    return [loss for _, loss in json.loads((out / "run.json").read_text())["losses"]]
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    subprocess.run(command(out), env=ENV, check=True, capture_output=True)
-    return weights(out)
+    train(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole):
+    return weights(whole)
+
+
+@pytest.fixture(scope="module")
+def whole_pair(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pair")
+    train(out, by=torchrun(2))
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_pair(whole_pair):
+    return weights(whole_pair)
+
+
+def ranks(run):
+    "The processes that train, among those that a launcher started."
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]
+    rows = [(int(a), int(b), c) for a, b, c in (line.split(None, 2) for line in listed)]
+    return [pid for pid, parent, args in rows if parent == run.pid and "diffusion_nb" in args]
+
+
+def start(out, *more, by=CLI):
+    "Start training and wait for the first checkpoint."
+    run = subprocess.Popen(command(out, *more, by=by), env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    while not (out / "checkpoint.safetensors").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.002)
+    return run
 
 
 def start_and_signal(out, sig, after):
     "Start training, wait for the first checkpoint and a little longer, send the signal; returns the process, ended."
-    run = subprocess.Popen(command(out), env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not (out / "checkpoint.safetensors").exists():
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.002)
+    run = start(out)
     time.sleep(after)
     run.send_signal(sig)
     run.said = run.communicate(timeout=120)
     return run
+
+
+def steps_here(out):
+    return json.loads((out / "run.json").read_text())["steps_here"]
 
 
 @pytest.mark.parametrize("kill", range(3))
@@ -50,34 +121,116 @@ def test_killed_training_resumes_bit_for_bit(kill, uninterrupted, tmp_path):
     run = start_and_signal(tmp_path, signal.SIGKILL, delay)
     assert run.returncode == -signal.SIGKILL, "it had ended before it was killed: nothing was tested"
     assert not (tmp_path / "model.safetensors").exists()
-    subprocess.run(command(tmp_path), env=ENV, check=True, capture_output=True)
-    about = json.loads((tmp_path / "run.json").read_text())
-    assert 0 < about["steps_here"] <= STEPS - 5  # it did not start again
-    resumed = weights(tmp_path)
-    assert resumed.keys() == uninterrupted.keys()
-    assert all(resumed[k].equal(v) for k, v in uninterrupted.items())
+    train(tmp_path)
+    assert 0 < steps_here(tmp_path) <= STEPS - 5  # it did not start again
+    assert same(tmp_path, uninterrupted)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS  # the log holds each step once
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
-    run = start_and_signal(tmp_path, signal.SIGINT, 0.05)
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_an_asked_stop_saves_and_says_how_to_go_on(sig, uninterrupted, tmp_path):
+    run = start_and_signal(tmp_path, sig, 0.05)
     assert run.returncode == 130
-    assert f"of {STEPS}; run again to go on from" in run.said[1]
-    subprocess.run(command(tmp_path), env=ENV, check=True, capture_output=True)
-    assert all(weights(tmp_path)[k].equal(v) for k, v in uninterrupted.items())
+    said = re.search(rf"stopped after step (\d+) of {STEPS}; run again to go on from", run.said[1])
+    assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == said[1]
+    train(tmp_path)
+    assert steps_here(tmp_path) == STEPS - int(said[1])
+    assert same(tmp_path, uninterrupted)
 
 
-def test_a_truncated_checkpoint_is_named(tmp_path):
-    start_and_signal(tmp_path, signal.SIGKILL, 0)
+def test_a_truncated_checkpoint_is_passed_over(uninterrupted, tmp_path):
+    start_and_signal(tmp_path, signal.SIGKILL, 0.3)
     checkpoint = tmp_path / "checkpoint.safetensors"
+    if not Path(f"{checkpoint}.1").exists():
+        shutil.copy(checkpoint, f"{checkpoint}.1")
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    run = subprocess.run(command(tmp_path), env=ENV, capture_output=True, text=True)
-    assert run.returncode == 1
-    assert "checkpoint.safetensors is damaged" in run.stderr and "delete it" in run.stderr
+    done = train(tmp_path)
+    assert (
+        "checkpoint.safetensors is damaged" in done.stderr
+        and "going on from checkpoint.safetensors.1" in done.stderr
+    )
+    assert steps_here(tmp_path) < STEPS
+    assert same(tmp_path, uninterrupted)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     start_and_signal(tmp_path, signal.SIGKILL, 0)
-    other = [*command(tmp_path), "--seed", "5"]
-    run = subprocess.run(other, env=ENV, capture_output=True, text=True)
+    run = subprocess.run(command(tmp_path, "--seed", "5"), env=ENV, capture_output=True, text=True)
     assert run.returncode == 1
     assert "is of another run (seed 0 → 5)" in run.stderr
+
+
+# two processes
+
+
+def test_two_processes_train_as_one(whole, whole_pair, tmp_path):
+    train(tmp_path, "--shard", "--accumulate", "2", by=accelerate(2))
+    for out in (whole_pair, tmp_path):
+        assert losses(out) == pytest.approx(losses(whole), abs=1e-5)
+        assert difference(out, weights(whole)) < 1e-4
+        assert json.loads((out / "run.json").read_text())["processes"] == 2
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(5, STEPS + 1, 5))  # written by one of them
+
+
+@pytest.mark.parametrize("kill", range(2))
+def test_a_killed_pair_resumes_bit_for_bit(kill, uninterrupted_pair, tmp_path):
+    run = start(tmp_path, by=torchrun(2))
+    time.sleep(float(torch.rand(1, generator=torch.Generator().manual_seed(kill))) * 0.5)
+    assert len(ranks(run)) == 2
+    os.killpg(run.pid, signal.SIGKILL)
+    for pid in ranks(run):
+        os.kill(pid, signal.SIGKILL)
+    run.communicate(timeout=60)
+    assert not (tmp_path / "model.safetensors").exists(), "it had ended before it was killed: nothing was tested"
+    train(tmp_path, by=torchrun(2))
+    assert 0 < steps_here(tmp_path) <= STEPS - 5
+    assert same(tmp_path, uninterrupted_pair)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_of_two_dies_the_other_stops_and_one_alone_goes_on(rank, uninterrupted, tmp_path):
+    run = start(tmp_path, by=torchrun(2))
+    os.kill(ranks(run)[rank], signal.SIGKILL)
+    said = run.communicate(timeout=60)  # no hang
+    assert run.returncode != 0
+    assert re.search(r"process [01] of 2 stops after step \d+: .*\nIf another process died", said[1]), said[1]
+    assert not ranks(run)
+    train(tmp_path)  # another number of processes
+    assert 0 < steps_here(tmp_path) < STEPS
+    assert difference(tmp_path, uninterrupted) < 1e-4
+
+
+def test_a_pair_that_is_asked_to_stop_saves_together(uninterrupted_pair, tmp_path):
+    run = start(tmp_path, by=torchrun(2))
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=60)
+    step = re.search(rf"stopped after step (\d+) of {STEPS}; run again", said[1])
+    assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == step[1]
+    train(tmp_path, by=torchrun(2))
+    assert same(tmp_path, uninterrupted_pair)
+
+
+# a disk that is full, in earnest
+
+
+def on_a_small_disk(folder, mount):
+    "The start of a command that runs with a small disk at `folder`, or a skip where the system does not let us."
+    words = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    able = shutil.which("unshare") and subprocess.run([*words, f"mount -t tmpfs {mount} tmpfs {folder}"], capture_output=True).returncode == 0  # fmt: skip
+    if not able:
+        pytest.skip("no right to mount a small disk")
+    return lambda line: subprocess.run([*words, f"mount -t tmpfs {mount} tmpfs {folder} && {line}"], env=ENV, capture_output=True, text=True)  # fmt: skip
+
+
+def test_a_full_disk_is_said_at_the_start(tmp_path):
+    done = on_a_small_disk(tmp_path, "-o size=1m")(" ".join(command(tmp_path)))
+    assert done.returncode == 1
+    assert "there must be room for 3 checkpoints of" in done.stderr
+
+
+def test_a_read_only_folder_is_said_at_the_start(tmp_path):
+    done = on_a_small_disk(tmp_path, "-o ro")(" ".join(command(tmp_path)))
+    assert done.returncode == 1
+    assert "no checkpoint can be written there (Read-only file system)" in done.stderr

@@ -330,9 +330,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, harm):
         if first.step % 5 == 0:
             first.save()
     file.write_bytes(harm(file.read_bytes()))
-    with pytest.warns(
-        UserWarning, match=r"run.safetensors is damaged .*; going on from run.safetensors.1"
-    ):
+    with pytest.warns(UserWarning, match=r"run.safetensors is damaged .*; going on from run.safetensors.1"):
         second = trainer(checkpoint=file, every=5)
     assert second.step == 5
     second.train_step()
