@@ -6,7 +6,7 @@ __all__ = ['has_read', 'numbers', 'read_rows', 'JsonLines', 'TensorBoard', 'fixe
            'profile_product', 'snapshot_weights', 'PowerEMA', 'Snapshot', 'snapshots', 'reconstruct', 'is_pickle',
            'read_weights', 'load_weights']
 
-# %% ../nbs/28_runs.ipynb #aacad000
+# %% ../nbs/28_runs.ipynb #5a6aef20
 import contextlib
 import json
 import math
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from .core import Noise, check_fits, default_device, load_tensors, save_tensors, write_atomically
 from .data import picture_grid
@@ -297,7 +298,7 @@ def power_profile(gamma: float, step: int, steps: int) -> Float[Tensor, " steps"
     edges = torch.arange(steps + 1, dtype=torch.float64) / step
     return edges.clamp(max=1).pow(gamma + 1).diff()
 
-# %% ../nbs/28_runs.ipynb #57dfedc9
+# %% ../nbs/28_runs.ipynb #9653fb9a
 def profile_product(t: Tensor, gamma: Tensor, s: Tensor, delta: Tensor) -> Tensor:
     "∫ p q dτ of the power profiles p, of exponent gamma at step t, and q, of exponent delta at step s. (EMA-posthoc)"
     m = torch.minimum(t, s)
@@ -402,7 +403,9 @@ def reconstruct(found: Sequence[Snapshot], sigma_rel: float, step: int | None = 
         [s.step for s in used], [power_gamma(s.sigma_rel) for s in used], step, power_gamma(sigma_rel)
     )
     mixed = {}
-    for share, snapshot in zip(shares.tolist(), used, strict=True):
+    for share, snapshot in tqdm(
+        list(zip(shares.tolist(), used, strict=True)), desc="mixing", delay=3, leave=False
+    ):
         for name, v in load_tensors(snapshot.path)[0].items():
             mixed[name] = mixed.get(name, 0) + share * v.double()
     return {name: v.float() for name, v in mixed.items()}
