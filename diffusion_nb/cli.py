@@ -123,7 +123,7 @@ def run(args) -> int:
     print(f"open {out / 'index.html'}")
     return 1 if failed else 0
 
-# %% ../nbs/cli.ipynb #862dca27
+# %% ../nbs/cli.ipynb #f9ab5dd4
 def train(args) -> int:
     from diffusion_nb.runs import together
 
@@ -137,14 +137,16 @@ def watchers(args, out: Path, denoiser, data, classes: int, device) -> list:
 
     from diffusion_nb.runs import Grids, JsonLines, PowerEMA, Speed, TensorBoard, fixed_draws, matrix_peak
 
-    peak = partial(matrix_peak, device, torch.bfloat16 if args.bf16 else torch.float32)
-    hooks = [JsonLines(out / "log.jsonl"), Speed(peak(8192) if device.type == "cuda" else peak())]
+    hooks = [
+        JsonLines(out / "log.jsonl"),
+        Speed(matrix_peak(device, torch.bfloat16 if args.bf16 else torch.float32)),
+    ]
     board = [TensorBoard(out / "tensorboard")] if args.tensorboard else []
     if args.grids:
         draw = fixed_draws(data.shape, 8 * classes or 64, classes)
         hooks.append(Grids(out / "grids", draw, args.grids, 8, *board))
-    if args.power_ema:
-        hooks.append(PowerEMA(denoiser, folder=out / "power", every=args.every))
+    if args.power_ema:  # first: the checkpoint knows the hooks by their place
+        hooks.insert(0, PowerEMA(denoiser, folder=out / "power", every=args.every))
     return hooks + board
 
 
@@ -307,10 +309,10 @@ def sample_together(args, team) -> int:
         ts = logsnr_grid(model.schedule, args.steps, *time_at(model.schedule, [2.0, -6.0]).tolist())
     model = Clip(CFG(model, args.guidance, classes) if args.guidance else model).to(device)
     labels = torch.arange(args.n) % (classes or 1) if args.label is None else torch.full((args.n,), args.label)
-    out = Path(args.out)
+    out = Path(args.out or "runs/samples")
     file = out / {"png": "pictures"}.get(args.format, f"samples.{args.format}")
     generate(file, Fast(model, bf16=args.bf16), run, ts, args.n, shape, cond={"y": labels} if classes else None,
-             first=args.seed, chunk=args.batch or None)  # fmt: skip
+             first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
     if team.rank == 0:
         write_grid(file, out / "grid.png")
         about = {k: v for k, v in vars(args).items() if k != "command"} | dict(seconds=round(time.perf_counter() - start, 1),
@@ -475,7 +477,7 @@ def ledger(args) -> int:
     print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
     return 1 if missing else 0
 
-# %% ../nbs/cli.ipynb #9f058768
+# %% ../nbs/cli.ipynb #1058c598
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="diffusion-nb", description="Diffusion models: run the book, train, draw.",
                                 epilog="Start with `diffusion-nb run`, or draw digits at once with `diffusion-nb sample`.")  # fmt: skip
@@ -529,7 +531,7 @@ def parser() -> argparse.ArgumentParser:
                 steps=("network calls a picture", 100), seed=("picture i has seed SEED + i", 0),
                 label=("draw this class only (default: all in turn)", int), guidance=("classifier-free guidance, the weight w in (w+1) with - w without label", 0.0),
                 batch=("pictures at a time, which does not change them; 0: as many as fit", 0), bf16=("the network in bfloat16, for GPUs", bool),
-                out=("folder to write", "runs/samples"), device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
+                out=("folder to write (default: runs/samples, where another run's pictures are replaced)", str), replace=("delete what is in --out of another run", bool), device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
     c.add_argument(
         "--sampler",
         choices=["ddpm", "ddim", "dpmpp_2m"],

@@ -6,7 +6,7 @@ __all__ = ['has_read', 'numbers', 'read_rows', 'JsonLines', 'TensorBoard', 'fixe
            'profile_product', 'snapshot_weights', 'PowerEMA', 'Snapshot', 'snapshots', 'reconstruct', 'is_pickle',
            'read_weights', 'load_weights']
 
-# %% ../nbs/28_runs.ipynb #5a6aef20
+# %% ../nbs/28_runs.ipynb #dd8af949
 import contextlib
 import json
 import math
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -31,7 +32,7 @@ from .samplers.ddim import ddim
 from .samplers.ddpm import time_grid
 from .training import Trainer, whole
 
-# %% ../nbs/28_runs.ipynb #3c24e4e2
+# %% ../nbs/28_runs.ipynb #bc944835
 def has_read(trainer: Trainer) -> bool:
     "Whether the loss was read after this step: the moment to write it down."
     return bool(trainer.losses) and trainer.losses[-1][0] == trainer.step
@@ -123,7 +124,7 @@ class TensorBoard:
                 writer.add_scalar(name, value, trainer.step)
             writer.flush()
 
-# %% ../nbs/28_runs.ipynb #de59f924
+# %% ../nbs/28_runs.ipynb #5a105a6d
 def fixed_draws(
     shape: tuple[int, ...], n: int = 40, classes: int = 0, calls: int = 20, first: int = 0
 ) -> Callable:
@@ -181,17 +182,22 @@ def _write_png(grid: Tensor, path: Path) -> None:
 
     Image.fromarray(grid.squeeze(-1).numpy()).save(path, "PNG")
 
-# %% ../nbs/28_runs.ipynb #aa4bbb8c
+# %% ../nbs/28_runs.ipynb #c6148dbc
 def flops(call: Callable[[], object]) -> int:
-    "The floating-point operations of `call()`: those of its matrix products and convolutions, and of their gradients if it asks for them; a multiplication and an addition are two."
-    with FlopCounterMode(display=False) as counter:
+    """The floating-point operations of all convolutions and matrix products while `call()` runs; a multiplication and an addition are two.
+
+    Attention is done step by step meanwhile, since the counter overlooks the fused one of CPUs. Call the network itself, not a compiled one, whose
+    kernels nobody sees. Works on the meta device, where nothing is computed.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()
 
 
-def matrix_peak(device=None, dtype: torch.dtype = torch.float32, n: int = 1024, seconds: float = 0.2) -> float:
-    "Operations a second of this device in a product of two n×n matrices, the best of many: what a network could reach at most."
+def matrix_peak(device=None, dtype: torch.dtype = torch.float32, n: int = 0, seconds: float = 0.2) -> float:
+    "Operations a second of this device in a product of two n×n matrices (8192 on a GPU, 1024 on a CPU), the best of many: what a network could reach at most."
     device = torch.device(device) if device else default_device()
+    n = n or (8192 if device.type == "cuda" else 1024)
     made = torch.Generator().manual_seed(0)  # the global one is left alone
     a, b = (torch.randn(n, n, generator=made).to(device, dtype) for _ in range(2))
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -277,7 +283,7 @@ def together(cpu: bool = False) -> Iterator[Team]:
         raise
     leave()
 
-# %% ../nbs/28_runs.ipynb #079f979e
+# %% ../nbs/28_runs.ipynb #87c2c3c2
 def power_gamma(sigma_rel: float) -> float:
     "The exponent γ of the power profile whose standard deviation is this share of the training, 0 < sigma_rel < 0.2887. (EMA-width)"
     if not 0 < sigma_rel < 12**-0.5:
@@ -298,7 +304,7 @@ def power_profile(gamma: float, step: int, steps: int) -> Float[Tensor, " steps"
     edges = torch.arange(steps + 1, dtype=torch.float64) / step
     return edges.clamp(max=1).pow(gamma + 1).diff()
 
-# %% ../nbs/28_runs.ipynb #9653fb9a
+# %% ../nbs/28_runs.ipynb #f552a222
 def profile_product(t: Tensor, gamma: Tensor, s: Tensor, delta: Tensor) -> Tensor:
     "∫ p q dτ of the power profiles p, of exponent gamma at step t, and q, of exponent delta at step s. (EMA-posthoc)"
     m = torch.minimum(t, s)
@@ -410,7 +416,7 @@ def reconstruct(found: Sequence[Snapshot], sigma_rel: float, step: int | None = 
             mixed[name] = mixed.get(name, 0) + share * v.double()
     return {name: v.float() for name, v in mixed.items()}
 
-# %% ../nbs/28_runs.ipynb #0ea85d6e
+# %% ../nbs/28_runs.ipynb #ad120b45
 def is_pickle(path: Path) -> bool:
     "Whether the file is, by its first bytes, a pickle or an archive of torch.save, and not safetensors: the length of a header, then a brace."
     with open(path, "rb") as f:

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from diffusion_nb import runs
 from diffusion_nb.denoiser import NetDenoiser, predict_v, predict_x0
 from diffusion_nb.forward import CosineSchedule, VESchedule
 from diffusion_nb.runs import (
@@ -207,6 +208,12 @@ def test_operations_are_counted():
     run = trainer()
     assert training_flops(run) == 3 * 2 * 2 * 2 * 2
     assert 1e7 < matrix_peak("cpu", n=64, seconds=0.01) < 1e15
+
+
+def test_the_peak_counts_multiplying_and_adding(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: float(next(clock)))
+    assert matrix_peak("cpu", n=8) == 2 * 8**3
 
 
 def test_speed_says_which_share_was_used(capsys):

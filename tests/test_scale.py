@@ -26,10 +26,11 @@ from diffusion_nb.denoiser import Clip, Denoiser, GMMDenoiser, NetDenoiser, Pred
 from diffusion_nb.forward import CosineSchedule, DDPMSchedule, linear_betas
 from diffusion_nb.guidance import CFG, interval
 from diffusion_nb.nets.unet import UNet
+from diffusion_nb.runs import flops
 from diffusion_nb.samplers.ddim import ddim
 from diffusion_nb.samplers.ddpm import ddpm, time_grid
 from diffusion_nb.samplers.solvers import dpmpp_2m, dpmpp_2m_sde, heun
-from diffusion_nb.scale import Fast, HostSyncs, flops, generate, identity, utilisation
+from diffusion_nb.scale import Fast, HostSyncs, generate, identity, utilisation
 
 TS, SHAPE = time_grid(4), (1, 8, 8)
 
@@ -119,11 +120,6 @@ def test_utilisation_is_work_by_time_by_peak(monkeypatch):
     layer, x = nn.Linear(10, 10), torch.zeros(5, 10)
     assert utilisation(lambda: layer(x), peak=4000) == pytest.approx(2 * 5 * 10 * 10 / 0.5 / 4000)
     assert utilisation(lambda: None, peak=4000, done=600) == pytest.approx(0.3)
-
-
-def test_peak_counts_both_multiplying_and_adding(monkeypatch):
-    monkeypatch.setattr(scale, "seconds", lambda call: (call(), 2.0)[1])
-    assert scale.matrix_peak("cpu", size=8) == 2 * 8**3 / 2
 
 
 def test_seconds_leaves_the_first_out():
