@@ -123,7 +123,7 @@ def run(args) -> int:
     print(f"open {out / 'index.html'}")
     return 1 if failed else 0
 
-# %% ../nbs/cli.ipynb #f9ab5dd4
+# %% ../nbs/cli.ipynb #f4bc8886
 def train(args) -> int:
     from diffusion_nb.runs import together
 
@@ -170,7 +170,8 @@ def train_together(args, team) -> int:
         torch.device(args.device) if args.device else team.device,
         team.rank == 0,
     )
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not args.deterministic
+    torch.use_deterministic_algorithms(args.deterministic)
     trainer = trainer_of(r, data.load(), device=device, bf16=args.bf16, compile=args.compile, checkpoint=out / "checkpoint.safetensors",
                          every=args.every, keep=args.keep, accumulate=args.accumulate, skip=args.skip, shard=args.shard,
                          hooks=watchers(args, out, fresh(r, data.shape), data, r["classes"], device))  # fmt: skip
@@ -477,7 +478,7 @@ def ledger(args) -> int:
     print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
     return 1 if missing else 0
 
-# %% ../nbs/cli.ipynb #1058c598
+# %% ../nbs/cli.ipynb #dbffc4c8
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="diffusion-nb", description="Diffusion models: run the book, train, draw.",
                                 epilog="Start with `diffusion-nb run`, or draw digits at once with `diffusion-nb sample`.")  # fmt: skip
@@ -519,6 +520,7 @@ def parser() -> argparse.ArgumentParser:
             skip=("leave out, and count, steps whose gradient is not finite, instead of stopping", bool),
             grids=("steps between grids of pictures drawn with the averaged weights; 0: none", 0), tensorboard=("log for TensorBoard, too; log.jsonl is written always", bool),
             power_ema=("keep power-function averages, too: which to use is chosen afterwards (notebook 28)", bool),
+            deterministic=("on a GPU: the same bits in every run, more slowly (on a CPU they always are)", bool),
             shard=("with several processes: divide the weights among them, too (FSDP2)", bool),
             device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
     command(distill, "teach a student to draw in few calls what a model draws in many; goes on where an earlier run stopped",

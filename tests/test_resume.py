@@ -212,6 +212,22 @@ def test_a_pair_that_is_asked_to_stop_saves_together(uninterrupted_pair, tmp_pat
     assert same(tmp_path, uninterrupted_pair)
 
 
+def sample(out, *more, by=CLI):
+    words = ["sample", "--n", "14", "--steps", "3", "--batch", "4", "--device", "cpu", "--out", str(out), *more]
+    done = subprocess.run([*by, *words], env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_draw_the_pictures_of_one(tmp_path):
+    sample(tmp_path / "one")
+    assert sample(tmp_path / "two", by=torchrun(2)).count("14 pictures:") == 1
+    one, two = (load_file(tmp_path / k / "samples.safetensors") for k in ("one", "two"))
+    assert one["seeds"].tolist() == list(range(14)) and one["labels"].tolist() == [i % 10 for i in range(14)]
+    assert one.keys() == two.keys() and all(two[k].equal(v) for k, v in one.items())
+    assert "all 14 pictures are there already" in sample(tmp_path / "two")
+
+
 # a disk that is full, in earnest
 
 
