@@ -32,7 +32,7 @@ from .samplers.ddim import ddim
 from .samplers.ddpm import time_grid
 from .training import Trainer, whole
 
-# %% ../nbs/28_runs.ipynb #bc944835
+# %% ../nbs/28_runs.ipynb #024a0f66
 def has_read(trainer: Trainer) -> bool:
     "Whether the loss was read after this step: the moment to write it down."
     return bool(trainer.losses) and trainer.losses[-1][0] == trainer.step
@@ -51,13 +51,14 @@ def numbers(trainer: Trainer) -> dict[str, float]:
 
 def read_rows(path: Path | str) -> list[dict]:
     "The rows of a file that `JsonLines` wrote, without a last line that was cut short. Raises ValueError for any other line that is no row."
-    rows, lines = [], Path(path).read_bytes().split(b"\n")
+    rows, lines, opening = [], Path(path).read_bytes().split(b"\n"), b'{"step": '
     for i, line in enumerate(lines):
         try:
-            rows.append(dict(json.loads(line)))
-            rows[-1]["step"] + 0
+            row = dict(json.loads(line))
+            row["step"] + 0
+            rows.append(row)
         except (ValueError, TypeError, KeyError):
-            if i < len(lines) - 1:
+            if i < len(lines) - 1 or line[: len(opening)] != opening[: len(line)]:
                 raise ValueError(
                     f"{path}: line {i + 1} is no row of a log: expected a JSON object with a step; name another file, or move this one away"
                 ) from None
@@ -304,7 +305,7 @@ def power_profile(gamma: float, step: int, steps: int) -> Float[Tensor, " steps"
     edges = torch.arange(steps + 1, dtype=torch.float64) / step
     return edges.clamp(max=1).pow(gamma + 1).diff()
 
-# %% ../nbs/28_runs.ipynb #f552a222
+# %% ../nbs/28_runs.ipynb #552d6027
 def profile_product(t: Tensor, gamma: Tensor, s: Tensor, delta: Tensor) -> Tensor:
     "∫ p q dτ of the power profiles p, of exponent gamma at step t, and q, of exponent delta at step s. (EMA-posthoc)"
     m = torch.minimum(t, s)
@@ -350,7 +351,11 @@ class PowerEMA(nn.Module):
         return f"{sigma_rel}/{name}".replace(".", "/")
 
     def average(self, sigma_rel: float) -> dict[str, Tensor]:
-        "The averaged weights of this width, as they are now."
+        "The averaged weights of this width, as they are now. Raises ValueError for one that is not followed."
+        if sigma_rel not in self.widths:
+            raise ValueError(
+                f"sigma_rel: expected a width that is followed, {', '.join(map(str, self.widths))}; got {sigma_rel}; reconstruct mixes others"
+            )
         return {name: self.get_buffer(self._buffer(sigma_rel, name)) for name in self.names}
 
     @torch.no_grad()
@@ -384,7 +389,7 @@ def snapshots(folder: Path | str) -> list[Snapshot]:
             with safe_open(path, "pt") as f:
                 about = f.metadata()
             found.append(Snapshot(int(about["step"]), float(about["sigma_rel"]), path))
-        except (SafetensorError, KeyError, TypeError) as e:
+        except (SafetensorError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path} is damaged, or was not written by PowerEMA ({e!r}); move it away") from e
     if not found:
         raise FileNotFoundError(
@@ -396,8 +401,10 @@ def snapshots(folder: Path | str) -> list[Snapshot]:
 def reconstruct(found: Sequence[Snapshot], sigma_rel: float, step: int | None = None) -> dict[str, Tensor]:
     """The weights that an average of this width would have at `step` (of the last snapshot, if not given), mixed from the snapshots up to there. (EMA-posthoc)
 
-    found: as `snapshots` gives them. They are read one at a time. Raises ValueError where there is none up to `step`.
+    found: as `snapshots` gives them. They are read one at a time. Raises ValueError where there is none up to `step`, and where they are of different networks.
     """
+    if not found:
+        raise ValueError("found: expected snapshots, as snapshots(folder) gives them; got none")
     last = max(s.step for s in found)
     step = last if step is None else step
     used = [s for s in found if s.step <= step]
@@ -412,7 +419,9 @@ def reconstruct(found: Sequence[Snapshot], sigma_rel: float, step: int | None = 
     for share, snapshot in tqdm(
         list(zip(shares.tolist(), used, strict=True)), desc="mixing", delay=3, leave=False
     ):
-        for name, v in load_tensors(snapshot.path)[0].items():
+        weights = load_tensors(snapshot.path)[0]
+        check_fits(mixed or weights, weights, f"{snapshot.path}, mixed with snapshots before it,")
+        for name, v in weights.items():
             mixed[name] = mixed.get(name, 0) + share * v.double()
     return {name: v.float() for name, v in mixed.items()}
 

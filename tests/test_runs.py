@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffusion_nb import runs
+from diffusion_nb.core import save_tensors
 from diffusion_nb.denoiser import NetDenoiser, predict_v, predict_x0
 from diffusion_nb.forward import CosineSchedule, VESchedule
 from diffusion_nb.runs import (
@@ -112,7 +113,16 @@ def test_a_torn_line_is_repaired(tmp_path, cut):
 
 def test_a_file_that_is_no_log_is_left_alone(tmp_path):
     path = tmp_path / "log"
-    for text in ("buy milk\nand bread\n", '{"step": 1}\n[1]\n', '{"step": "x"}\n', "3\n"):
+    for text in (
+        "buy milk\nand bread\n",
+        '{"step": 1}\n[1]\n',
+        '{"step": "x"}\n',
+        "3\n",
+        "buy milk",
+        "3",
+        '{"a": 1}',
+        "{}",
+    ):
         path.write_text(text)
         with pytest.raises(
             ValueError, match="is no row of a log: expected a JSON object with a step; name another file"
@@ -311,6 +321,21 @@ def test_snapshots_that_are_not_there_or_damaged(walk, tmp_path):
         reconstruct(snapshots(walk.folder), 0.1, step=20)
     with pytest.raises(ValueError, match="another denoiser"):
         walk.hook(SimpleNamespace(step=1, names=("w",), params=[]))
+    with pytest.raises(ValueError, match="found: expected snapshots"):
+        reconstruct([], 0.1)
+    with pytest.raises(
+        ValueError, match="expected a width that is followed, 0.05, 0.1, 0.07; got 0.2; reconstruct"
+    ):
+        walk.hook.average(0.2)
+    odd = walk.folder / "power-0.1-00000130.safetensors"
+    for other in ({"w": torch.ones(2)}, {"net.weight": torch.ones(3), "net.bias": torch.ones(3)}):
+        save_tensors(odd, other, dict(step="130", sigma_rel="0.1"))
+        with pytest.raises(ValueError, match="130.safetensors, mixed with snapshots before it, does not fit"):
+            reconstruct(snapshots(walk.folder), 0.07)
+    save_tensors(odd, other, dict(step="many", sigma_rel="0.1"))
+    with pytest.raises(ValueError, match="130.safetensors is damaged, or was not written by PowerEMA"):
+        snapshots(walk.folder)
+    odd.unlink()
     (walk.folder / "power-0.1-00000007.safetensors").write_bytes(b"abc")
     with pytest.raises(ValueError, match="00000007.safetensors is damaged, or was not written by PowerEMA"):
         snapshots(walk.folder)
