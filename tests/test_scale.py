@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -21,8 +22,9 @@ from torch import nn
 
 from diffusion_nb import scale
 from diffusion_nb.core import Noise
-from diffusion_nb.data import to_bytes
+from diffusion_nb.data import Pictures, to_bytes
 from diffusion_nb.denoiser import Clip, Denoiser, GMMDenoiser, NetDenoiser, Pred, predict_v
+from diffusion_nb.elbo import large, small
 from diffusion_nb.forward import CosineSchedule, DDPMSchedule, linear_betas
 from diffusion_nb.guidance import CFG, interval
 from diffusion_nb.nets.unet import UNet
@@ -31,6 +33,7 @@ from diffusion_nb.samplers.ddim import ddim
 from diffusion_nb.samplers.ddpm import ddpm, time_grid
 from diffusion_nb.samplers.solvers import dpmpp_2m, dpmpp_2m_sde, heun
 from diffusion_nb.scale import Fast, HostSyncs, generate, identity, utilisation
+from diffusion_nb.training import recipe, recipe_trainer
 
 TS, SHAPE = time_grid(4), (1, 8, 8)
 
@@ -133,6 +136,7 @@ def test_seconds_leaves_the_first_out():
 @pytest.mark.parametrize("look", [
     lambda x: x[0].item(), lambda x: x.tolist(), lambda x: bool(x[0] > 0), lambda x: float(x[0]), lambda x: int(x[0]), lambda x: x.cpu(),
     lambda x: x.numpy(), lambda x: x.nonzero(), lambda x: x.new_tensor(0.3), lambda x: torch.tensor([1.0]), lambda x: 1 if x[0] else 0,
+    lambda x: x[x > 0.5], lambda x: torch.equal(x, x), lambda x: torch.allclose(x, x), lambda x: x.unique(),
 ])  # fmt: skip
 def test_a_look_is_counted_with_its_line(look):
     x = torch.ones(3)
@@ -176,6 +180,33 @@ def test_no_sampler_looks_in_its_loop(sampler, wrap):
         sampler(inner, noise(0), steps, noise=noise, callback=callback, y=torch.arange(3))
     syncs.__exit__()
     assert not syncs.places
+
+
+def trained_on_noise(**options):
+    "The trainer of CIFAR-10's recipe, small, its first step done."
+    x, y = Noise(range(40), (3, 32, 32))(0).clamp(-1, 1), torch.zeros(40, dtype=torch.long)
+    trainer = recipe_trainer(recipe("cifar10") | dict(width=16, batch=16), Pictures(x, y, x, y), device="cpu", skip=True, accumulate=2, **options)  # fmt: skip
+    trainer.train_step()
+    return trainer
+
+
+def test_a_training_step_makes_no_look():
+    "skip=True takes the fused optimiser, which is a GPU's."
+    trainer = trained_on_noise()
+    with HostSyncs() as syncs:
+        trainer.train_step()
+    assert not syncs.places
+    learned = trainer.loss
+
+    def nosy(*args, **cond):
+        loss = learned(*args, **cond)
+        return loss if loss.mean() > 0 else -loss
+
+    trainer.loss = nosy
+    with HostSyncs() as syncs:
+        trainer.train_step()
+    ((place, count),) = syncs.places.items()
+    assert count == 2 and place.startswith("nosy, test_scale.py:")  # one a part
 
 
 # the fast denoiser
@@ -306,7 +337,7 @@ def test_the_chunk_is_found_once_and_kept(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(scale, "fitting_chunk", lambda *a: asked.append(a[-1]) or 3)
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "a.npz", Counted(tiny(), at=6), world=2)
+        make(tmp_path / "a.npz", Counted(tiny(), at=6), rank=0, world=2)
     make(tmp_path / "a.npz", rank=0, world=2), make(tmp_path / "a.npz", rank=1, world=2)
     assert asked == [5]  # at most a share, and only by the first
 
@@ -528,6 +559,77 @@ def test_another_run_is_refused(change, names, when, tmp_path):
         make(out, **change)
 
 
+def sampler_with(value):
+    return lambda denoiser, x, ts, *, noise, **cond: ddim(denoiser, x, ts, noise=noise, eta=float(value), **cond)
+
+
+class Eta:
+    def __init__(self, eta):
+        self.eta = eta
+
+    def __call__(self, denoiser, x, ts, *, noise, **cond):
+        return ddim(denoiser, x, ts, noise=noise, eta=self.eta, **cond)
+
+
+def by(function):
+    return partial(ddpm, var=function)
+
+
+WAYS = [
+    (sampler_with(0.0), sampler_with(0.0), sampler_with(1.0)), (Eta(0.0), Eta(0.0), Eta(1.0)), (Eta(0.0).__call__, Eta(0.0).__call__, Eta(1.0).__call__),
+    (lambda x: x + 1, lambda x: x + 1, lambda x: x + 2), (by(small), by(small), by(large)), (partial(ddim, eta=[0.0]), partial(ddim, eta=[0.0]), partial(ddim, eta=[1.0])),
+    (by(torch.zeros(2000)), by(torch.zeros(2000)), by(torch.zeros(2000).index_fill(0, torch.tensor(999), 1e-6))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("one, same, other", WAYS, ids=range(len(WAYS)))
+def test_samplers_are_told_apart_by_what_they_hold(one, same, other):
+    assert scale.described(one) == scale.described(same) != scale.described(other)
+    assert " at 0x" not in scale.described(one)
+
+
+def test_a_record_is_the_same_in_another_process():
+    text = "from functools import partial; from diffusion_nb import scale, elbo; from diffusion_nb.samplers.ddpm import ddpm; "
+    text += "print(scale.described(partial(ddpm, var=elbo.small)))"
+    there = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout.strip()
+    assert there == scale.described(by(small)) == "ddpm ('var', small)"
+
+
+@pytest.mark.parametrize("when", ["begun", "done"])
+@pytest.mark.parametrize("name", ["a.safetensors", "a"])
+def test_replace_replaces_another_run_and_not_the_same(name, when, tmp_path):
+    out, want = tmp_path / name, tmp_path / "want" / name
+    make(want, Counted(tiny(1)), chunk=4)
+    interrupted(out, at=10) if when == "begun" else make(out, chunk=4)
+    with pytest.raises(KeyboardInterrupt):  # another run takes the place, …
+        make(out, Counted(tiny(1), at=6), chunk=4, replace=True)
+    again = Counted(tiny(1))
+    assert make(out, again, replace=True) and again._calls == 8  # … goes on with what is its own, …
+    assert make(out, again, replace=True) and again._calls == 8  # … and is not done twice
+    assert scale.file_hash(out) == scale.file_hash(want)
+    assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("spoil", ["a.npz", "a.npz.json"])
+def test_replace_makes_anew_what_is_damaged(spoil, tmp_path):
+    make(tmp_path / "a.npz")
+    (tmp_path / spoil).write_text("{")
+    with pytest.raises(ValueError, match="is not what was written|holds another run .n: nothing there, 10 now"):
+        make(tmp_path / "a.npz")
+    assert make(tmp_path / "a.npz", replace=True) and np.load(tmp_path / "a.npz")["arr_0"].shape == (10, 8, 8, 1)
+
+
+def test_replace_leaves_alone_what_has_no_record(tmp_path):
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(ValueError, match="no record beside it"):
+        make(tmp_path / "a", replace=True)
+    interrupted(tmp_path / "b.npz")
+    (tmp_path / "b.npz").write_text("mine")  # beside the parts of another run
+    with pytest.raises(ValueError, match="no record beside it"):
+        make(tmp_path / "b.npz", Counted(tiny(1)), replace=True)
+    assert (tmp_path / "a").read_text() == (tmp_path / "b.npz").read_text() == "mine"
+
+
 def test_times_and_shape_belong_to_the_run(tmp_path):
     interrupted(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="steps: 4 there, 5 now; times: "):
@@ -551,6 +653,9 @@ def test_what_is_there_without_a_record_is_left_alone(tmp_path):
     assert (tmp_path / "a.npz").read_text() == "mine"
     (tmp_path / "b").mkdir()
     assert make(tmp_path / "b")  # an empty folder is no obstacle
+    (tmp_path / "c.npz").mkdir()  # unless a file is to stand there
+    with pytest.raises(ValueError, match="is there already"):
+        make(tmp_path / "c.npz")
 
 
 def test_a_result_that_was_changed_is_found_out(tmp_path):
@@ -580,6 +685,10 @@ def test_a_merge_that_was_killed_is_done_again(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options, says", [
     (dict(n=0), "n: expected at least 1 picture; got 0"), (dict(chunk=0), "chunk: expected at least 1"), (dict(rank=2, world=2), "rank: expected 0 to 1"),
     (dict(cond={"y": torch.zeros(9)}), "expected 10 values of 'y', one for each picture; got 9"),
+    (dict(world=2), "rank, world: expected both or neither; got rank = None and world = 2"), (dict(rank=0, world=0), "since world = 0"),
+    (dict(cond={"y": list(range(10))}), "got list, not a tensor with rows"), (dict(cond={"y": torch.tensor(3)}), "not a tensor with rows"),
+    (dict(cond=lambda seeds: {"y": seeds[:1]}), "expected 10 values of 'y', one for each picture; got 1"),
+    (dict(cond=lambda seeds: seeds), "cond: expected a dict of tensors by name; got Tensor"),
 ])  # fmt: skip
 def test_arguments_that_cannot_be_meant(options, says, tmp_path):
     with pytest.raises(ValueError, match=says):
@@ -612,6 +721,17 @@ def test_pictures_with_nan_are_named_by_seed(tmp_path):
     ) as e:
         make(tmp_path / "a.npz", sampler=spoiled, chunk=4)
     assert "4 of 10 pictures are safe" in e.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    "returned, says", [(lambda x: x[:2], r"\(4, 1, 8, 8\); got \(2, 1, 8, 8\)"), (lambda x: [x], "got list")]
+)
+def test_a_sampler_that_returns_something_else(returned, says, tmp_path):
+    def odd(denoiser, x, ts, *, noise, **cond):
+        return returned(x)
+
+    with pytest.raises(ValueError, match=f"sampler: expected pictures of shape .*{says}"):
+        make(tmp_path / "a.npz", sampler=odd, chunk=4)
 
 
 def test_out_of_memory_says_what_is_safe(tmp_path):
