@@ -478,7 +478,7 @@ def ledger(args) -> int:
     print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
     return 1 if missing else 0
 
-# %% ../nbs/cli.ipynb #dbffc4c8
+# %% ../nbs/cli.ipynb #970c4d04
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="diffusion-nb", description="Diffusion models: run the book, train, draw.",
                                 epilog="Start with `diffusion-nb run`, or draw digits at once with `diffusion-nb sample`.")  # fmt: skip
@@ -487,17 +487,17 @@ def parser() -> argparse.ArgumentParser:
     )
 
     def command(function, help, **options):
-        "options: a type (no default), bool (a switch) or the default value."
+        "options: a type (no default), bool (a switch) or the default value; a second name after two underscores."
         c = commands.add_parser(function.__name__, help=help, description=help)
         c.set_defaults(command=function)
         for name, (text, default) in options.items():
-            flag = "--" + name.replace("_", "-")
+            flag = ["--" + word.replace("_", "-") for word in name.split("__")]
             if default is bool:
-                c.add_argument(flag, action="store_true", help=text)
+                c.add_argument(*flag, action="store_true", help=text)
             elif isinstance(default, type):
-                c.add_argument(flag, type=default, help=text)
+                c.add_argument(*flag, type=default, help=text)
             else:
-                c.add_argument(flag, type=type(default), default=default, help=f"{text} (default: %(default)s)")
+                c.add_argument(*flag, type=type(default), default=default, help=f"{text} (default: %(default)s)")
         return c
 
     c = command(run, "execute the notebooks in order, each in a fresh kernel, and write the book as web pages",
@@ -529,7 +529,7 @@ def parser() -> argparse.ArgumentParser:
             bf16=("bfloat16 autocast, for GPUs", bool), compile=("torch.compile the networks, for GPUs", bool),
             device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
     c = command(sample, "draw pictures with a trained model, a grid of them, and a record of how; goes on where an earlier run of the same command stopped",
-                model=("a folder written by train, or digits: the model that comes with the book", "digits"), n=("how many", 64),
+                model=("a folder written by train, or digits: the model that comes with the book", "digits"), n__pictures=("how many (torchrun takes --n for its own: say --pictures)", 64),
                 steps=("network calls a picture", 100), seed=("picture i has seed SEED + i", 0),
                 label=("draw this class only (default: all in turn)", int), guidance=("classifier-free guidance, the weight w in (w+1) with - w without label", 0.0),
                 batch=("pictures at a time, which does not change them; 0: as many as fit", 0), bf16=("the network in bfloat16, for GPUs", bool),

@@ -66,6 +66,7 @@ def test_run_some(book, capsys):
     (["sample", "--model", "nowhere"], "nowhere holds no run.json"),
     (["sample", "--label", "10"], "this model knows the labels 0 to 9"),
     (["sample", "--n", "0"], "expected numbers of at least 1"),
+    (["train", "--every", "0"], "expected numbers of at least 1"),
     (["bits", "--n", "1"], "expected --n and --steps of at least 2"),
     (["bits", "--steps", "1"], "expected --n and --steps of at least 2"),
     (["bits", "--end", "1.5"], "--end from 0 to below 1"),
