@@ -123,7 +123,7 @@ def run(args) -> int:
     print(f"open {out / 'index.html'}")
     return 1 if failed else 0
 
-# %% ../nbs/cli.ipynb #f4bc8886
+# %% ../nbs/cli.ipynb #12ef1ffb
 def train(args) -> int:
     from diffusion_nb.runs import together
 
@@ -160,6 +160,10 @@ def train_together(args, team) -> int:
     from diffusion_nb.training import recipe, recipe_denoiser, recipe_trainer
     from diffusion_nb.vdm import vdm_denoiser, vdm_recipe, vdm_trainer
 
+    if min(args.every, args.keep, args.accumulate) < 1 or args.grids < 0:
+        raise ValueError(
+            "--every, --keep and --accumulate: expected numbers of at least 1; --grids: of at least 0"
+        )
     of, fresh, trainer_of = (
         (vdm_recipe, vdm_denoiser, vdm_trainer) if args.vdm else (recipe, recipe_denoiser, recipe_trainer)
     )
