@@ -213,7 +213,20 @@ def test_a_pair_that_is_asked_to_stop_saves_together(uninterrupted_pair, tmp_pat
 
 
 def sample(out, *more, by=CLI):
-    words = ["sample", "--pictures", "14", "--steps", "3", "--batch", "4", "--device", "cpu", "--out", str(out), *more]
+    words = [
+        "sample",
+        "--pictures",
+        "14",
+        "--steps",
+        "3",
+        "--batch",
+        "4",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        *more,
+    ]
     done = subprocess.run([*by, *words], env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout

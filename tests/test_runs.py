@@ -478,7 +478,9 @@ def test_processes_join_and_part(tmp_path):
     assert sorted(done.stdout.splitlines()) == ["0 of 2 on cpu: 3", "1 of 2 on cpu: 3"]
 
 
-@pytest.mark.parametrize("make", [lambda: Grids("nowhere", None, every=0), lambda: PowerEMA(trainer().denoiser, every=0)])
+@pytest.mark.parametrize(
+    "make", [lambda: Grids("nowhere", None, every=0), lambda: PowerEMA(trainer().denoiser, every=0)]
+)
 def test_every_no_step(make):
     with pytest.raises(ValueError, match="every: expected at least 1 step, got 0"):
         make()
