@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .core import project_root
 
-# %% ../nbs/ledger.ipynb #1805f773
+# %% ../nbs/ledger.ipynb #abf2c357
 NOT_COMPARED = re.compile(
     r"^#\s*(\|\s*eval\s*:\s*false|NBVAL_SKIP|NBVAL_IGNORE_OUTPUT)", re.MULTILINE | re.IGNORECASE
 )
@@ -74,7 +74,7 @@ def has_pictures(cells: list[dict]) -> bool:
         for kind in output.get("data", ())
     )
 
-# %% ../nbs/ledger.ipynb #11d5d940
+# %% ../nbs/ledger.ipynb #6456652a
 def parts(id: str) -> list[str]:
     "'X-6/7' and its parts X-6 and X-7; 'X-1..3' and X-1, X-2, X-3; any other id alone."
     prefix, _, rest = id.rpartition("-")
@@ -165,7 +165,7 @@ def gaps(root: Path | None = None) -> list[str]:
         if row.written and row.missing
     ]
 
-# %% ../nbs/ledger.ipynb #b59ca45c
+# %% ../nbs/ledger.ipynb #008e9ff3
 def in_jupyter(notebook: str, heading: str) -> str:
     "Where JupyterLab finds a heading."
     return escape(f"{notebook}.ipynb#{heading.replace(' ', '-')}")
