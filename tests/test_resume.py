@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from diffusion_nb.core import load_tensors
 
-STEPS = 60
+STEPS = 100
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CLI = [sys.executable, "-m", "diffusion_nb.cli"]
 
