@@ -390,7 +390,7 @@ def file_hash(path: Path) -> str:
         sha.update(p.read_bytes())
     return sha.hexdigest()[:16]
 
-# %% ../nbs/28_scale.ipynb #0a9da227
+# %% ../nbs/28_scale.ipynb #7d8a0812
 @contextlib.contextmanager
 def telling(safe: Callable[[], str]):
     "Inside, SIGTERM interrupts as Ctrl-C does; and an interruption, a full disk or a failure at work says `safe()`: what is not lost."
