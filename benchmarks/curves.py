@@ -2,7 +2,7 @@
 
 Run: python benchmarks/curves.py           (a CPU: float32; a GPU: bfloat16, channels last; writes results/curves-….json and draws curves-….png)
      python benchmarks/curves.py --draw    (draws the picture again, from the JSON)
-     python benchmarks/curves.py --compile --batches 128 256 --sizes --steps     (compiled: some minutes a point, so name a few)
+     python benchmarks/curves.py --compile --batches 128 256 --sizes --steps     (compiled, each point anew, so name a few)
 
 Along the batch and the size, sampling takes ten steps; along the size and the steps, the batch is the second of --batches. Before a point is timed,
 each loss is held against another library's, and the walks before all. A point for which the memory is too small is null.
