@@ -13,7 +13,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import InDtype, arguments, digits, flops, matrix_peak, memory, peak_memory, profile, report, seconds
+from common import (
+    InDtype,
+    arguments,
+    clock,
+    digits,
+    flops,
+    matrix_peak,
+    memory,
+    peak_memory,
+    profile,
+    report,
+    seconds,
+)
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet, denoising_diffusion_pytorch
 from denoising_diffusion_pytorch.attend import Attend
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
@@ -61,6 +73,7 @@ class Setting(NamedTuple):
             "compiled" if self.compile else "not compiled",
         )
         parts += () if self.flash else ("without flash attention",)
+        parts += ("seconds of processor time",) if self.device == "cpu" else ()
         return f"{', '.join(parts)}, batch {self.batch}, {self.size}×{self.size}, width {self.width}"
 
 
@@ -246,7 +259,7 @@ def reference_loss(name, net, x, i, eps):
         return denoising_loss(denoiser_of(net), x, (i + 1).double() / T, eps).mean().item()
 
 
-def checked_training(name, s, net, x0, steps=20):
+def checked_training(name, s, net, x0, steps=10):
     "The contender, its loss held against the reference's before a few steps of training, and found lower after them."
     x, i = x0[: s.batch], torch.linspace(100, T - 1, s.batch, device=s.device).long()
     eps = torch.randn_like(x)
@@ -396,7 +409,7 @@ def compare(what, unit, args, s, nets, make, pictures, operations):
         args.device, torch.bfloat16 if s.bf16 else torch.float32, 8192 if args.device == "cuda" else 2048
     )
     rows, ratios = {}, {}
-    for name, time in seconds(turns, args.rounds, args.minutes).items():
+    for name, time in seconds(turns, args.rounds, args.minutes, clock(args.device)).items():
         rate, work = pictures / time, operations(nets[name])
         rows[name] = {"pictures/s": digits(rate), "GFLOP a picture": digits(work / 1e9), "TFLOP/s": digits(rate * work / 1e12),
                       "share of the matrix peak": digits(rate * work / peak, 3)} | about[name]  # fmt: skip
