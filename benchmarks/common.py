@@ -80,17 +80,32 @@ def peak_memory(device, before, run):
     return digits((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
 
 
-def matrix_peak(device, dtype, n):
-    "Operations a second in a product of two n×n matrices, the best of ten rounds."
+def peaks(device, dtype, n):
+    """Operations a second in a product of two n×n matrices and in a 3×3 convolution of n/8 channels, each the best of ten rounds.
+
+    A network cannot go beyond the larger. On some CPUs it is the convolution, since PyTorch takes the two from different libraries.
+    """
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    times = 5 if torch.device(device).type == "cuda" else 1
+    c = n // 8
+    x, w = (
+        torch.randn(8, c, n // 64 or 1, 64, device=device).to(dtype),
+        torch.randn(c, c, 3, 3, device=device).to(dtype),
+    )
+    x, w = (v.contiguous(memory_format=torch.channels_last) for v in (x, w))
+    conv = lambda: torch.nn.functional.conv2d(x, w, padding=1)
+    calls = {"product": (lambda: a @ b, 2 * n**3), "convolution": (conv, 2 * x.numel() * c * 9)}
+    repeat = 5 if device == "cuda" else 1
 
-    def run():
-        for _ in range(times):
-            a @ b
-        sync(device)
+    def timed(call):
+        def run():
+            for _ in range(repeat):
+                call()
+            sync(device)
 
-    return times * 2 * n**3 / seconds({"product": run}, rounds=10, clock=clock(device))["product"]
+        return run
+
+    best = seconds({name: timed(call) for name, (call, _) in calls.items()}, rounds=10, clock=clock(device))
+    return {name: repeat * work / best[name] for name, (_, work) in calls.items()}
 
 
 def profile(path, contenders, device):
