@@ -25,7 +25,7 @@ def sync(device):
         torch.cuda.synchronize()
 
 
-def seconds(contenders, rounds=7, minutes=math.inf):
+def seconds(contenders, rounds=7, minutes=math.inf, clock=time.perf_counter):
     """The shortest time of each contender over `rounds` rounds in which all take turns, after one round to warm up.
 
     No round is begun after so many minutes, but one is always timed.
@@ -35,12 +35,17 @@ def seconds(contenders, rounds=7, minutes=math.inf):
         if i > 1 and time.monotonic() > end:
             break
         for name, run in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if i:
                 best[name] = min(best[name], elapsed)
     return best
+
+
+def clock(device):
+    "On a CPU the processor time of this process, which runs on one thread: what else the machine does hardly changes it."
+    return time.perf_counter if device == "cuda" else time.process_time
 
 
 def flops(call):
@@ -75,17 +80,32 @@ def peak_memory(device, before, run):
     return digits((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
 
 
-def matrix_peak(device, dtype, n):
-    "Operations a second in a product of two n×n matrices, the best of ten rounds."
+def peaks(device, dtype, n):
+    """Operations a second in a product of two n×n matrices and in a 3×3 convolution of n/8 channels, each the best of ten rounds.
+
+    A network cannot go beyond the larger. On some CPUs it is the convolution, since PyTorch takes the two from different libraries.
+    """
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    times = 5 if torch.device(device).type == "cuda" else 1
+    c = n // 8
+    x, w = (
+        torch.randn(8, c, n // 64 or 1, 64, device=device).to(dtype),
+        torch.randn(c, c, 3, 3, device=device).to(dtype),
+    )
+    x, w = (v.contiguous(memory_format=torch.channels_last) for v in (x, w))
+    conv = lambda: torch.nn.functional.conv2d(x, w, padding=1)
+    calls = {"product": (lambda: a @ b, 2 * n**3), "convolution": (conv, 2 * x.numel() * c * 9)}
+    repeat = 5 if device == "cuda" else 1
 
-    def run():
-        for _ in range(times):
-            a @ b
-        sync(device)
+    def timed(call):
+        def run():
+            for _ in range(repeat):
+                call()
+            sync(device)
 
-    return times * 2 * n**3 / seconds({"product": run}, rounds=10)["product"]
+        return run
+
+    best = seconds({name: timed(call) for name, (call, _) in calls.items()}, rounds=10, clock=clock(device))
+    return {name: repeat * work / best[name] for name, (_, work) in calls.items()}
 
 
 def profile(path, contenders, device):
@@ -111,7 +131,7 @@ def arguments(doc, **defaults):
     args.add_argument("--width", type=int, default=128, help="of the U-Net; small for a test")
     args.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=defaults.get("bf16", on_gpu))
     args.add_argument("--compile", action=argparse.BooleanOptionalAction, default=defaults.get("compile", on_gpu))
-    args.add_argument("--rounds", type=int, default=5)
+    args.add_argument("--rounds", type=int, default=5 if on_gpu else 3)
     args.add_argument("--minutes", type=float, default=math.inf, help="begin no round after so many")
     args.add_argument("--out", type=Path, default=RESULTS, help="the folder for the results")
     return args
@@ -119,9 +139,11 @@ def arguments(doc, **defaults):
 
 def prepare(device):
     torch.manual_seed(0)
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if device == "cpu":
+        torch.set_num_threads(1)
+    else:
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # float32 is for the checks
 
 
 def machine():

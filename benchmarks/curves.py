@@ -2,9 +2,9 @@
 
 Run: python benchmarks/curves.py           (a CPU: float32; a GPU: bfloat16, channels last; writes results/curves-….json and draws curves-….png)
      python benchmarks/curves.py --draw    (draws the picture again, from the JSON)
-     python benchmarks/curves.py --compile --batches 128 256 --sizes --steps     (compiled: some minutes a point, so name a few)
+     python benchmarks/curves.py --compile --batches 128 256 --sizes --steps     (compiled, each point anew, so name a few)
 
-Along the batch and the size, sampling takes ten steps; along the size and the steps, the batch is the second of --batches. Before a point is timed,
+Along the batch and the size, sampling takes five steps; along the size and the steps, the batch is the second of --batches. Before a point is timed,
 each loss is held against another library's, and the walks before all. A point for which the memory is too small is null.
 """
 
@@ -13,8 +13,9 @@ import json
 
 import matplotlib.pyplot as plt
 import torch
-from common import arguments, digits, prepare, report, seconds, sync
+from common import arguments, clock, digits, prepare, report, seconds, sync
 from contenders import DRAW, Setting, check_networks, check_walks, checked_training, networks, pictures
+from matplotlib.ticker import LogLocator
 
 COLOURS = ("#c44e52", "#4c72b0", "#8a8a8a")
 
@@ -24,17 +25,14 @@ def rates(makes, pictures, args):
     turns = {}
     for name, make in makes.items():
         try:
-            turn = make()
-            turn()
-            turns[name] = turn
+            turns[name] = make()
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-    best = seconds(turns, args.rounds, args.minutes)
+    best = seconds(turns, args.rounds, args.minutes, clock(args.device))
     return {name: digits(pictures / best[name]) if name in best else None for name in makes}
 
 
 def training(s, nets, args):
-    "In turns of ten steps, of which lucidrains' library updates its average in one."
     x0 = pictures(10 * s.batch, s.size, s.device)
 
     def make(name):
@@ -45,14 +43,16 @@ def training(s, nets, args):
                 step()
             sync(s.device)
 
+        step()
         return turn
 
     return rates({name: lambda name=name: make(name) for name in nets}, args.turn * s.batch, args)
 
 
-def sampling(s, nets, args, steps=10):
+def sampling(s, nets, args, steps=5):
     def make(name):
         draw = DRAW[name.split()[0]](s, copy.deepcopy(nets[name]))
+        draw(1)
         return lambda: (draw(steps), sync(s.device))
 
     return rates({name: lambda name=name: make(name) for name in nets}, s.batch, args)
@@ -84,7 +84,7 @@ def measure(args):
             curves[f"{what} against {axis}"] = dict(x=xs, **curve(f"{what}, {axis}", xs, points))
     points = lambda x: sampling(s, nets, args, x)
     curves["sampling against steps"] = dict(x=args.steps, **curve("sampling, steps", args.steps, points))
-    unit = f"pictures/s; {s.words()}, where they do not vary; sampling in 10 steps"
+    unit = f"pictures/s; {s.words()}, where they do not vary; sampling in 5 steps"
     report(f"curves-{args.device}", unit, curves, out=args.out)
 
 
@@ -106,6 +106,9 @@ def draw(path):
         ax.set(xscale="log", yscale="log", xlabel=axis, title=f"{what}, pictures/s")
         ax.set_xticks(x[1], x[1], minor=False)
         ax.set_xticks([], minor=True)
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            set_formatter(lambda value, _: f"{value:g}")
         ax.spines[["top", "right"]].set_visible(False)
     handles, labels = ax.get_legend_handles_labels()
     axes[0, 2].set_visible(True)
@@ -117,11 +120,16 @@ def draw(path):
 def main():
     on_gpu = torch.cuda.is_available()
     args = arguments(__doc__, compile=False)
-    args.set_defaults(rounds=3)
+    args.set_defaults(rounds=2)
     for name, cpu, gpu in (("batches", (1, 2, 4, 8), (1, 8, 64, 256)), ("sizes", (16, 32, 64), (16, 32, 64, 128)),
-                           ("steps", (5, 10, 20, 50), (5, 10, 20, 50))):  # fmt: skip
+                           ("steps", (5, 10, 25, 50), (5, 10, 25, 50))):  # fmt: skip
         args.add_argument(f"--{name}", type=int, nargs="*", default=list(gpu if on_gpu else cpu))
-    args.add_argument("--turn", type=int, default=10, help="steps a turn")
+    args.add_argument(
+        "--turn",
+        type=int,
+        default=10 if on_gpu else 1,
+        help="steps a turn; lucidrains' average is updated in one of ten",
+    )
     args.add_argument("--only", nargs="+", help="some of the contenders")
     args.add_argument("--draw", action="store_true", help="measure nothing")
     args = args.parse_args()

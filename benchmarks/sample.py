@@ -1,8 +1,8 @@
-"""Sampling with DDIM in 50 steps and the 35.7 M U-Net of CIFAR-10: pictures a second, operations a second, share of the device's matrix peak, and
+"""Sampling with DDIM in 50 steps and the 35.7 M U-Net of CIFAR-10: pictures a second, operations a second, share of the device's measured peak, and
 peak memory, of this library's ddim, diffusers' DDIMPipeline, and lucidrains' ddim_sample (with the width of its README, and with ours).
 
 Run: python benchmarks/sample.py       (a GPU: bfloat16, compiled, channels last, batch 512; writes results/sample-cuda.json)
-     python benchmarks/sample.py       (a CPU: float32, not compiled, batch 4; results/sample-cpu.json)
+     python benchmarks/sample.py       (a CPU: float32, not compiled, batch 4, one thread and its processor time; results/sample-cpu.json)
      python benchmarks/sample.py --profile     (also writes where the time goes, results/sample-…-profile.txt)
 
 Before the timing, the walks of the other libraries and ours, through the same network from the same noise, must end at the same pictures.

@@ -1,12 +1,12 @@
-"""Training with the 35.7 M U-Net of CIFAR-10: pictures a second, operations a second, share of the device's matrix peak, and peak memory, of this
+"""Training with the 35.7 M U-Net of CIFAR-10: pictures a second, operations a second, share of the device's measured peak, and peak memory, of this
 library's Trainer, diffusers, and lucidrains' library (with the width of its README, and with ours).
 
-Run: python benchmarks/train.py       (a GPU: bfloat16, compiled, channels last, batch 256; writes results/train-cuda.json. About eight minutes, most
-                                       of them compiling; --only NAME … and --minutes N shorten it.)
-     python benchmarks/train.py       (a CPU: float32, not compiled, batch 4; results/train-cpu.json)
+Run: python benchmarks/train.py       (a GPU: bfloat16, compiled, channels last, batch 256; writes results/train-cuda.json)
+     python benchmarks/train.py       (a CPU: float32, not compiled, batch 4, one thread and its processor time; results/train-cpu.json)
+     python benchmarks/train.py --only diffusion_nb diffusers --minutes 2    (some contenders, and no round begun after two minutes)
      python benchmarks/train.py --profile     (also writes where the time goes, results/train-…-profile.txt)
 
-Before the timing, each contender's loss is held against another library's, and must fall in twenty steps. All take turns of ten steps; the
+Before the timing, each contender's loss is held against another library's, and must fall in ten steps. All take turns of ten steps; the
 best turn counts. Operations are those of the matrix products and convolutions, forward and backward. Memory is what a contender adds to what was there.
 """
 
