@@ -66,8 +66,9 @@ def test_a_clock_rises_whatever_its_weights(seed, width, scale, first):
             p.zero_()
     scrambled(net, seed, scale)
     u = Warp(net)(torch.linspace(first, 1, 101, dtype=F64))
-    assert 0 <= u[0] and u[-1] == 1 and (u.diff() > (0 if scale < 3 else -1e-12)).all()
-    assert Warp(net)(torch.zeros(1, dtype=F64)).item() == 0
+    near = 1e-12  # sums of one time and of 101 may differ in their last bits
+    assert -near <= u[0] and abs(u[-1] - 1) < near and (u.diff() > (0 if scale < 3 else -near)).all()
+    assert abs(Warp(net)(torch.zeros(1, dtype=F64)).item()) < near
 
 
 def test_a_learned_schedule_starts_near_the_straight_line_and_keeps_its_ends():
