@@ -2,7 +2,7 @@
 
 Each trains and samples as its documentation does, with the same help: data on the device, autocast to bfloat16, channels last, a compiled
 network, a fused optimiser, and no look at the loss. All learn to predict the noise of the chain with linear betas, so that their
-losses, and their walks from the same noise, can be held against ours: `check_losses` and `check_walks` do so before anything is timed.
+losses, and their walks from the same noise, can be held against ours: `checked_training` and `check_walks` do so before anything is timed.
 """
 
 import copy
@@ -302,11 +302,8 @@ def draw_diffusers(s, net):
         net.compile()
 
     def draw(steps):
-        return (
-            2
-            * pipeline(s.batch, num_inference_steps=steps, use_clipped_model_output=True, output_type="pt").images
-            - 1
-        )
+        options = dict(num_inference_steps=steps, use_clipped_model_output=True, output_type="pt")
+        return 2 * pipeline(s.batch, **options).images - 1
 
     return draw
 
@@ -411,8 +408,8 @@ def compare(what, unit, args, s, nets, make, pictures, operations):
         rate, work = pictures / time, operations(nets[name])
         rows[name] = {"pictures/s": digits(rate), "GFLOP a picture": digits(work / 1e9), "TFLOP/s": digits(rate * work / 1e12),
                       "share of the measured peak": digits(rate * work / max(best.values()), 3)} | about[name]  # fmt: skip
-        ratios[name] = digits(rate / rows["diffusion_nb"]["pictures/s"], 3)
-    report(f"{what}-{args.device}", f"{unit}, {s.words()}; ratios: pictures/s relative to diffusion_nb", rows, ratios, args.out,
+        ratios[name] = digits(rate / next(iter(rows.values()))["pictures/s"], 3)
+    report(f"{what}-{args.device}", f"{unit}, {s.words()}; ratios: pictures/s relative to the first row", rows, ratios, args.out,
            peaks_TFLOP_s={name: digits(peak / 1e12) for name, peak in best.items()})  # fmt: skip
     if args.profile:
         profile(args.out / f"{what}-{args.device}-profile.txt", turns, args.device)

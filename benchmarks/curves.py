@@ -28,7 +28,7 @@ def rates(makes, pictures, args):
             turns[name] = make()
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-    best = seconds(turns, args.rounds, args.minutes, clock(args.device))
+    best = seconds(turns, args.rounds, args.minutes, clock(args.device), warm=0)
     return {name: digits(pictures / best[name]) if name in best else None for name in makes}
 
 
