@@ -296,6 +296,7 @@ def draw_ours(s, net):
 
 def draw_diffusers(s, net):
     dtype = torch.bfloat16 if s.bf16 else torch.float32
+    net.register_to_config(sample_size=s.size)
     pipeline = DDIMPipeline(net.to(dtype, memory_format=s.layout).eval(), DDIMScheduler(T))
     pipeline.set_progress_bar_config(disable=True)
     if s.compile:
@@ -363,12 +364,18 @@ def check_walks(s, nets, steps=5, atol=1e-3):
         print(f"{name}: its walk and ours differ by {error:.1g} at most")
 
 
+def check_shape(s, name, x):
+    if x.shape != (s.batch, 3, s.size, s.size):
+        raise AssertionError(f"{name}: expected {s.batch} pictures of {s.size}×{s.size}, got {tuple(x.shape)}")
+
+
 def checked_draw(name, s, net, steps=5):
     "The contender; its pictures are finite and as varied as those of the same network in float32."
     torch.manual_seed(0)
     plain = DRAW[name.split()[0]](s._replace(bf16=False, compile=False), copy.deepcopy(net))(steps)
     draw = DRAW[name.split()[0]](s, copy.deepcopy(net))
     fast = draw(steps).float()
+    check_shape(s, name, fast)
     if not torch.isfinite(fast).all() or abs(fast.std() / plain.std() - 1) > 0.2:
         raise AssertionError(f"{name}: pictures spread by {fast.std():.3f}, and in float32 by {plain.std():.3f}")
     return draw
