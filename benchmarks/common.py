@@ -25,20 +25,20 @@ def sync(device):
         torch.cuda.synchronize()
 
 
-def seconds(contenders, rounds=7, minutes=math.inf, clock=time.perf_counter):
-    """The shortest time of each contender over `rounds` rounds in which all take turns, after one round to warm up.
+def seconds(contenders, rounds=7, minutes=math.inf, clock=time.perf_counter, warm=1):
+    """The shortest time of each contender over `rounds` rounds in which all take turns, after `warm` rounds to warm up.
 
     No round is begun after so many minutes, but one is always timed.
     """
     best, end = dict.fromkeys(contenders, math.inf), time.monotonic() + 60 * minutes
-    for i in range(rounds + 1):
-        if i > 1 and time.monotonic() > end:
+    for i in range(rounds + warm):
+        if i > warm and time.monotonic() > end:
             break
         for name, run in contenders.items():
             start = clock()
             run()
             elapsed = clock() - start
-            if i:
+            if i >= warm:
                 best[name] = min(best[name], elapsed)
     return best
 

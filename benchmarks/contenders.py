@@ -2,7 +2,7 @@
 
 Each trains and samples as its documentation does, with the same help: data on the device, autocast to bfloat16, channels last, a compiled
 network, a fused optimiser, and no look at the loss. All learn to predict the noise of the chain with linear betas, so that their
-losses, and their walks from the same noise, can be held against ours: `check_losses` and `check_walks` do so before anything is timed.
+losses, and their walks from the same noise, can be held against ours: `checked_training` and `check_walks` do so before anything is timed.
 """
 
 import copy
@@ -296,17 +296,15 @@ def draw_ours(s, net):
 
 def draw_diffusers(s, net):
     dtype = torch.bfloat16 if s.bf16 else torch.float32
+    net.register_to_config(sample_size=s.size)
     pipeline = DDIMPipeline(net.to(dtype, memory_format=s.layout).eval(), DDIMScheduler(T))
     pipeline.set_progress_bar_config(disable=True)
     if s.compile:
         net.compile()
 
     def draw(steps):
-        return (
-            2
-            * pipeline(s.batch, num_inference_steps=steps, use_clipped_model_output=True, output_type="pt").images
-            - 1
-        )
+        options = dict(num_inference_steps=steps, use_clipped_model_output=True, output_type="pt")
+        return 2 * pipeline(s.batch, **options).images - 1
 
     return draw
 
@@ -366,12 +364,18 @@ def check_walks(s, nets, steps=5, atol=1e-3):
         print(f"{name}: its walk and ours differ by {error:.1g} at most")
 
 
+def check_shape(s, name, x):
+    if x.shape != (s.batch, 3, s.size, s.size):
+        raise AssertionError(f"{name}: expected {s.batch} pictures of {s.size}×{s.size}, got {tuple(x.shape)}")
+
+
 def checked_draw(name, s, net, steps=5):
     "The contender; its pictures are finite and as varied as those of the same network in float32."
     torch.manual_seed(0)
     plain = DRAW[name.split()[0]](s._replace(bf16=False, compile=False), copy.deepcopy(net))(steps)
     draw = DRAW[name.split()[0]](s, copy.deepcopy(net))
     fast = draw(steps).float()
+    check_shape(s, name, fast)
     if not torch.isfinite(fast).all() or abs(fast.std() / plain.std() - 1) > 0.2:
         raise AssertionError(f"{name}: pictures spread by {fast.std():.3f}, and in float32 by {plain.std():.3f}")
     return draw
@@ -411,8 +415,8 @@ def compare(what, unit, args, s, nets, make, pictures, operations):
         rate, work = pictures / time, operations(nets[name])
         rows[name] = {"pictures/s": digits(rate), "GFLOP a picture": digits(work / 1e9), "TFLOP/s": digits(rate * work / 1e12),
                       "share of the measured peak": digits(rate * work / max(best.values()), 3)} | about[name]  # fmt: skip
-        ratios[name] = digits(rate / rows["diffusion_nb"]["pictures/s"], 3)
-    report(f"{what}-{args.device}", f"{unit}, {s.words()}; ratios: pictures/s relative to diffusion_nb", rows, ratios, args.out,
+        ratios[name] = digits(rate / next(iter(rows.values()))["pictures/s"], 3)
+    report(f"{what}-{args.device}", f"{unit}, {s.words()}; ratios: pictures/s relative to the first row", rows, ratios, args.out,
            peaks_TFLOP_s={name: digits(peak / 1e12) for name, peak in best.items()})  # fmt: skip
     if args.profile:
         profile(args.out / f"{what}-{args.device}-profile.txt", turns, args.device)

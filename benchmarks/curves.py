@@ -14,7 +14,16 @@ import json
 import matplotlib.pyplot as plt
 import torch
 from common import arguments, clock, digits, prepare, report, seconds, sync
-from contenders import DRAW, Setting, check_networks, check_walks, checked_training, networks, pictures
+from contenders import (
+    DRAW,
+    Setting,
+    check_networks,
+    check_shape,
+    check_walks,
+    checked_training,
+    networks,
+    pictures,
+)
 from matplotlib.ticker import LogLocator
 
 COLOURS = ("#c44e52", "#4c72b0", "#8a8a8a")
@@ -28,7 +37,7 @@ def rates(makes, pictures, args):
             turns[name] = make()
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-    best = seconds(turns, args.rounds, args.minutes, clock(args.device))
+    best = seconds(turns, args.rounds, args.minutes, clock(args.device), warm=0)
     return {name: digits(pictures / best[name]) if name in best else None for name in makes}
 
 
@@ -52,7 +61,7 @@ def training(s, nets, args):
 def sampling(s, nets, args, steps=5):
     def make(name):
         draw = DRAW[name.split()[0]](s, copy.deepcopy(nets[name]))
-        draw(1)
+        check_shape(s, name, draw(1))
         return lambda: (draw(steps), sync(s.device))
 
     return rates({name: lambda name=name: make(name) for name in nets}, s.batch, args)

@@ -2,7 +2,7 @@
 peak memory, of this library's ddim, diffusers' DDIMPipeline, and lucidrains' ddim_sample (with the width of its README, and with ours).
 
 Run: python benchmarks/sample.py       (a GPU: bfloat16, compiled, channels last, batch 512; writes results/sample-cuda.json)
-     python benchmarks/sample.py       (a CPU: float32, not compiled, batch 4, one thread and its processor time; results/sample-cpu.json)
+     python benchmarks/sample.py       (a CPU: float32, not compiled, batch 2, one thread and its processor time; results/sample-cpu.json)
      python benchmarks/sample.py --profile     (also writes where the time goes, results/sample-…-profile.txt)
 
 Before the timing, the walks of the other libraries and ours, through the same network from the same noise, must end at the same pictures.
@@ -13,7 +13,7 @@ from contenders import Setting, check_networks, check_walks, checked_draw, compa
 
 
 def main():
-    args = options(__doc__, batch=(4, 512))
+    args = options(__doc__, batch=(2, 512))
     args.add_argument("--steps", type=int, default=50)
     args = args.parse_args()
     prepare(args.device)

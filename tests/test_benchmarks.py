@@ -140,6 +140,15 @@ def test_pictures_that_are_not_the_networks_are_noticed(nets, monkeypatch):
         contenders.checked_draw("diffusion_nb", TINY._replace(bf16=True), nets["diffusion_nb"])
 
 
+@pytest.mark.parametrize("name", ["diffusion_nb", "diffusers", "lucidrains 4"])
+def test_each_draws_pictures_of_the_size_that_is_timed(nets, name):
+    larger = TINY._replace(size=16)
+    draw = contenders.DRAW[name.split()[0]](larger, contenders.copy.deepcopy(nets[name]))
+    contenders.check_shape(larger, name, draw(1))
+    with pytest.raises(AssertionError, match="8×8"):
+        contenders.check_shape(TINY, name, draw(1))
+
+
 def test_only_another_library_may_go_without_compilation():
     def make(s):
         if s.compile:
