@@ -1,21 +1,28 @@
-"""How the notebooks are compared with their stored outputs (nbval)."""
+"""How the notebooks are compared with their stored outputs (nbval), and how the tests run."""
 
 import os
 import re
+import time
+from collections import deque
+from queue import Empty
 
+import hypothesis
 import pytest
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell
 
-# One thread, so that sums are added in one order, and two workers fit two cores. Kernels inherit all of these.
-os.environ |= {
-    "OMP_NUM_THREADS": "1",
-    "PYTHONHASHSEED": "0",
-    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-}
+from tools.printed import Printed
+
+# One thread for each of the two workers; kernels inherit this, and the rest. `make test-anywhere` asks for others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= {"PYTHONHASHSEED": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 # The stored outputs are those of settings.ini as it stands.
 for name in ("DIFFUSION_NB_PROFILE", "DIFFUSION_NB_SET"):
     os.environ.pop(name, None)
+
+# The same examples in every run and on every machine, no limit of time, and a failure says how to play it again.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("suite")
 
 EVAL_FALSE = re.compile(r"^#\s*\|\s*eval\s*:\s*false\s*$", re.MULTILINE | re.IGNORECASE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -32,20 +39,59 @@ def without_widgets(outputs):
 
 
 class Cell(IPyNbCell):
-    "A notebook cell whose progress bars, warnings and pictures may differ from the stored ones."
+    "A notebook cell whose progress bars, warnings and pictures may differ from the stored ones, and numbers in their last place."
 
     def compare_outputs(self, test, ref, skip_compare=None):
         self.parent.sanitize_patterns |= DIFFERS
         skip_compare = (*(skip_compare or self.parent.skip_compare), "stderr", *PICTURES)
         return super().compare_outputs(without_widgets(test), without_widgets(ref), skip_compare)
 
+    def sanitize(self, s):
+        text = super().sanitize(s)
+        return Printed(text) if isinstance(text, str) else text
 
-def execute_cell_input(kernel, source, allow_stdin=None):
-    "As Jupyter runs a cell: IPython hides the value of a line that ends in ';' only where history is kept."
-    return kernel.kc.execute(source, store_history=True, allow_stdin=allow_stdin, stop_on_error=False)
+
+class Kernel(RunningKernel):
+    """A kernel whose messages are read while a cell runs.
+
+    Left until the cell has ended, they wait in queues of a thousand each, which drop what is beyond: a progress bar fills
+    them in a minute, and the message that ends the cell is lost.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.waiting = deque()
+        super().__init__(*args, **kwargs)
+
+    def execute_cell_input(self, source, allow_stdin=None):
+        "As Jupyter runs a cell: IPython hides the value of a line that ends in ';' only where history is kept."
+        return self.kc.execute(source, store_history=True, allow_stdin=allow_stdin, stop_on_error=False)
+
+    def get_message(self, stream, timeout=None):
+        if stream == "iopub":
+            return self.waiting.popleft() if self.waiting else super().get_message(stream, timeout)
+        end = time.monotonic() + (timeout or float("inf"))
+        while True:
+            self.read_along()
+            try:
+                return super().get_message(stream, 0.05)
+            except Empty:
+                if time.monotonic() > end or not self.is_alive():
+                    raise
+
+    def read_along(self):
+        "Keep the messages that are there already."
+        while True:
+            try:
+                self.waiting.append(super().get_message("iopub", 0))
+            except Empty:
+                return
 
 
-RunningKernel.execute_cell_input = execute_cell_input
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure():
+    import nbval.plugin
+
+    nbval.plugin.RunningKernel = Kernel
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,76 @@
+"""Printed texts are compared to the precision with which they are printed, and no looser."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from tools.printed import Printed
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("stored, fresh", [
+    ("the mean is 0.523, or so", "the mean is 0.524, or so"),
+    ("1.00", "0.99"),
+    ("a  9.99 b", "a 10.00 b"),
+    ("-0.00", "0.00"),
+    ("1.2e-05", "1.3e-05"),
+    ("9.9e-06", "1.0e-05"),
+    ("0.1", "0.0999"),  # of a format that drops zeros
+    ("tensor([0.25, -1.50])", "tensor([0.26, -1.51])"),
+    ("−0.5 nats", "−0.4 nats"),
+    ("12 of 12; 8×8", "12 of 12; 8×8"),
+])  # fmt: skip
+def test_the_last_printed_place_may_differ_by_one(stored, fresh):
+    assert Printed(stored) == Printed(fresh) and Printed(fresh) == Printed(stored)
+    assert not Printed(stored) != Printed(fresh)
+
+
+@pytest.mark.parametrize("stored, fresh", [
+    ("0.523", "0.525"),  # two units
+    ("0.523", "0.533"),  # a digit further left
+    ("0.1", "0.0989"),
+    ("1.2e-05", "1.2e-04"),
+    ("0.5", "-0.5"),
+    ("177 digits", "178 digits"),  # a count
+    ("1e+03 or 3", "1e+03 or 4"),
+    ("float32", "float64"),
+    ("v1.2.3", "v1.2.4"),
+    ("07_ddpm", "08_ddpm"),
+    ("DDPM-6", "DDPM-7"),
+    ("rising", "falling"),
+    ("0.5 nats", "0.5 bits"),
+    ("0.5", "0.5 0.5"),
+    ("0.5", "nan"),
+    ("0.5, 0.6", "0.5; 0.6"),
+    ("a b", "a  b"),
+    ("1, 2, 3", "1, 2, 3.0 4"),
+])  # fmt: skip
+def test_anything_else_is_another_text(stored, fresh):
+    assert Printed(stored) != Printed(fresh) and Printed(fresh) != Printed(stored)
+
+
+def validated(folder: Path, source: str, stored: str) -> subprocess.CompletedProcess:
+    "The suite's own run of a notebook of one cell."
+    cell = new_code_cell(source, execution_count=1, outputs=[new_output("stream", name="stdout", text=stored)])
+    nbformat.write(new_notebook(cells=[cell]), folder / "one.ipynb")
+    command = [sys.executable, "-m", "pytest", "-q", "--color=no", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
+    command += ["--confcutdir", ROOT, "-p", "conftest", folder / "one.ipynb"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_cell_with_a_long_progress_bar_is_green(tmp_path):
+    "Its thousands of messages are read while it runs; left in the queues, the last ones would be dropped."
+    cell = "import time\nfrom tqdm.auto import tqdm\nfor i in tqdm(range(6000), mininterval=0):\n    time.sleep(0.001)\nprint('done')"
+    done = validated(tmp_path, cell, "done\n")
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("source, green", [("print(0.5231)", True), ("print(0.5235)", False), ("print(41)", False)])
+def test_a_notebook_is_compared_by_what_it_prints(tmp_path, source, green):
+    stored = "42\n" if source == "print(41)" else "0.5230\n"
+    assert (validated(tmp_path, source, stored).returncode == 0) == green
