@@ -58,7 +58,17 @@ def validated(folder: Path, source: str, stored: str) -> subprocess.CompletedPro
     "The suite's own run of a notebook of one cell."
     cell = new_code_cell(source, execution_count=1, outputs=[new_output("stream", name="stdout", text=stored)])
     nbformat.write(new_notebook(cells=[cell]), folder / "one.ipynb")
-    command = [sys.executable, "-m", "pytest", "-q", "--color=no", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--color=no",
+        "-c",
+        ROOT / "pyproject.toml",
+        "--rootdir",
+        ROOT,
+    ]
     command += ["--confcutdir", ROOT, "-p", "conftest", folder / "one.ipynb"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -70,7 +80,9 @@ def test_a_cell_with_a_long_progress_bar_is_green(tmp_path):
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("source, green", [("print(0.5231)", True), ("print(0.5235)", False), ("print(41)", False)])
+@pytest.mark.parametrize(
+    "source, green", [("print(0.5231)", True), ("print(0.5235)", False), ("print(41)", False)]
+)
 def test_a_notebook_is_compared_by_what_it_prints(tmp_path, source, green):
     stored = "42\n" if source == "print(41)" else "0.5230\n"
     assert (validated(tmp_path, source, stored).returncode == 0) == green
