@@ -3,12 +3,12 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help run test mutations lab docs export lint artifacts clean
+.PHONY: help run test test-anywhere mutations lab docs export lint artifacts clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
 	@echo "make <target> [PYTHON=python3.12] [ARGS='...']   (the first use installs into .venv, a few minutes and 6 GB)"
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 run: $(STAMP)  ## run the book from the first notebook to the last; ARGS='07_ddpm' for one
 	$(BIN)/diffusion-nb run $(ARGS)
@@ -16,11 +16,14 @@ run: $(STAMP)  ## run the book from the first notebook to the last; ARGS='07_ddp
 test: $(STAMP)  ## check every notebook against its stored outputs, and the library
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
+test-anywhere: $(STAMP)  ## the notebooks as other processors run them (hours): which cell differs, which claim is weak; ARGS='--python OTHER/bin/python'
+	$(BIN)/python tools/anywhere.py $(ARGS)
+
 mutations: $(STAMP)  ## put bugs into a copy of the library, one at a time, and see that the tests notice; ARGS='posterior -j 4'
 	$(BIN)/python tests/mutations/run.py $(ARGS)
 
 lab: $(STAMP)  ## open the book in JupyterLab
-	$(BIN)/jupyter lab $(ARGS) nbs
+	OMP_NUM_THREADS=1 $(BIN)/jupyter lab $(ARGS) nbs
 
 docs: $(STAMP)  ## write the book, its ledger and the library as web pages under _site/
 	$(BIN)/python tools/pages.py $(ARGS)

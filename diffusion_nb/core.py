@@ -244,11 +244,14 @@ def _parse(section: str, key: str, text: str, kind: Callable):
 
 # %% ../nbs/00_core.ipynb #c55136d6
 class Evidence(NamedTuple):
-    "What a check found: its kind, whether it holds, and the numbers behind that."
+    "What a check found: its kind, whether it holds, the numbers behind that; and the number that decides, with the range it must lie in."
 
     kind: str
     holds: bool
     detail: str
+    got: float = math.nan
+    low: float = -math.inf
+    high: float = math.inf
 
 
 class ClaimError(AssertionError):
@@ -271,12 +274,15 @@ def oracle(got, want, tol: float = 1e-9) -> Evidence:
             f"expected two of the same shape, or one number to compare with; got {tuple(got.shape)} and {tuple(want.shape)}"
         )
     worst = ((got - want).abs() / (1 + want.abs())).amax().item()
-    return Evidence("oracle", worst <= tol, f"largest relative difference {worst:.2g}, allowed {tol:.2g}")
+    return Evidence(
+        "oracle", worst <= tol, f"largest relative difference {worst:.2g}, allowed {tol:.2g}", worst, high=tol
+    )
 
 
 def within(got: float, low: float = -math.inf, high: float = math.inf) -> Evidence:
     "A number computed from closed forms lies in [low, high]."
-    return Evidence("oracle", bool(low <= got <= high), f"got {got:.6g}, claimed in [{low:.6g}, {high:.6g}]")
+    said = f"got {got:.6g}, claimed in [{low:.6g}, {high:.6g}]"
+    return Evidence("oracle", bool(low <= got <= high), said, float(got), float(low), float(high))
 
 
 def statistic(got: float, low: float = -math.inf, high: float = math.inf) -> Evidence:
@@ -303,7 +309,7 @@ def monte_carlo(samples: Float[Tensor, "n *d"], want, k: float = 5) -> Evidence:
     error = (samples.mean(0) - want).abs()
     z = (error / (samples.std(0) / n**0.5).clamp_min(1e-300)).amax().item()
     return Evidence(
-        "Monte Carlo", z <= k, f"{z:.2f} standard errors from the claimed mean, n = {n}, allowed {k:g}"
+        "Monte Carlo", z <= k, f"{z:.2f} standard errors from the claimed mean, n = {n}, allowed {k:g}", z, high=k
     )
 
 
@@ -316,9 +322,16 @@ def claim(id: str, *evidence: Evidence, says: str) -> None:
     """State row `id` of claims.toml: prints one line if all the evidence holds, raises ClaimError otherwise.
 
     The line holds no number that could differ between machines, so a stored output can be compared with a fresh one.
+    By how much the evidence holds goes to the file that DIFFUSION_NB_MARGINS names, if it is set: a JSON line each.
     """
     if not evidence:
         raise ValueError(f"claim {id}: nothing was given that could show it")
+    if file := os.environ.get("DIFFUSION_NB_MARGINS"):
+        numbers = [
+            dict(id=id, kind=e.kind, got=e.got, low=e.low, high=e.high) for e in evidence if e.kind != "symbolic"
+        ]
+        with open(file, "a") as f:
+            f.write("".join(json.dumps(row) + "\n" for row in numbers))
     for e in evidence:
         if not e.holds:
             raise ClaimError(f"{id} ({says}) does not hold, {e.kind}: {e.detail}")
