@@ -154,12 +154,15 @@ def test_weights_of_the_picture_and_the_truncated_one(f):
 # masses of levels
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(st.integers(2, 300), st.floats(-1.5, 1.5), st.floats(0.01, 30))
-def test_masses_of_all_levels_add_up_to_one(levels, mean, std):
-    x = torch.linspace(-1, 1, levels)
-    total = discretised_log_prob(x, torch.tensor(mean), torch.tensor(std), levels).double().exp().sum()
-    # a level of float32 is off by up to 6e-8, so an edge between two bins has two places, 6e-8 / std apart
-    assert abs(total - 1) < 2e-6 + 1e-7 / std
+def test_masses_of_all_levels_add_up_to_one(dtype, levels, mean, std):
+    x, eps = torch.linspace(-1, 1, levels, dtype=dtype), torch.finfo(dtype).eps
+    mean, deviation = torch.tensor(mean, dtype=dtype), torch.tensor(std, dtype=dtype)
+    total = discretised_log_prob(x, mean, deviation, levels).double().exp().sum()
+    # The edges of a bin are known to a unit in the last place, so its mass, a difference, to eps / std of density: levels times
+    # in all. And an edge between two bins has two places, a unit in the last place apart.
+    assert abs(total - 1) < 2 * eps * (levels + 1 / std)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 17, 256])

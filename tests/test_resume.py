@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from diffusion_nb.core import load_tensors
 
+HANGS = 1800  # seconds: what takes so long on any machine, hangs
+
 STEPS = 100
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CLI = [sys.executable, "-m", "diffusion_nb.cli"]
@@ -53,7 +55,7 @@ def difference(out, reference):
 
 
 def train(out, *more, by=CLI):
-    done = subprocess.run(command(out, *more, by=by), env=ENV, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(out, *more, by=by), env=ENV, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -107,7 +109,7 @@ def start_and_signal(out, sig, after):
     run = start(out)
     time.sleep(after)
     run.send_signal(sig)
-    run.said = run.communicate(timeout=120)
+    run.said = run.communicate(timeout=HANGS)
     return run
 
 
@@ -182,7 +184,7 @@ def test_a_killed_pair_resumes_bit_for_bit(kill, uninterrupted_pair, tmp_path):
     os.killpg(run.pid, signal.SIGKILL)
     for pid in ranks(run):
         os.kill(pid, signal.SIGKILL)
-    run.communicate(timeout=60)
+    run.communicate(timeout=HANGS)
     assert not (tmp_path / "model.safetensors").exists(), "it had ended before it was killed: nothing was tested"
     train(tmp_path, by=torchrun(2))
     assert 0 < steps_here(tmp_path) <= STEPS - 5
@@ -193,7 +195,7 @@ def test_a_killed_pair_resumes_bit_for_bit(kill, uninterrupted_pair, tmp_path):
 def test_when_one_of_two_dies_the_other_stops_and_one_alone_goes_on(rank, uninterrupted, tmp_path):
     run = start(tmp_path, by=torchrun(2))
     os.kill(ranks(run)[rank], signal.SIGKILL)
-    said = run.communicate(timeout=60)  # no hang
+    said = run.communicate(timeout=HANGS)  # no hang
     assert run.returncode != 0
     assert re.search(r"process [01] of 2 stops after step \d+: .*\nIf another process died", said[1]), said[1]
     assert not ranks(run)
@@ -205,7 +207,7 @@ def test_when_one_of_two_dies_the_other_stops_and_one_alone_goes_on(rank, uninte
 def test_a_pair_that_is_asked_to_stop_saves_together(uninterrupted_pair, tmp_path):
     run = start(tmp_path, by=torchrun(2))
     run.send_signal(signal.SIGTERM)
-    said = run.communicate(timeout=60)
+    said = run.communicate(timeout=HANGS)
     step = re.search(rf"stopped after step (\d+) of {STEPS}; run again", said[1])
     assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == step[1]
     train(tmp_path, by=torchrun(2))
@@ -227,7 +229,7 @@ def sample(out, *more, by=CLI):
         str(out),
         *more,
     ]
-    done = subprocess.run([*by, *words], env=ENV, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*by, *words], env=ENV, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
