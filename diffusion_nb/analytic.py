@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import Noise
-from .denoiser import Denoiser
+from .denoiser import Denoiser, check_cond
 from .elbo import gaussian_kl
 from .forward import Schedule, check_batch, q_sample
 from .likelihood import Bits
@@ -66,9 +66,7 @@ def expected_eps2(denoiser: Denoiser, x0: Float[Tensor, "n *d"], ts: Float[Tenso
             f"expected two pictures or more, and times above 0; got {len(x0)} pictures and {len(ts)} times, "
             f"the least {min(ts.tolist(), default=math.nan):g}"
         )
-    for name, values in {"seeds": seeds, **cond}.items():
-        if len(values) != len(x0):
-            raise ValueError(f"{name}: expected {len(x0)}, one for each picture; got {len(values)}")
+    check_cond(denoiser, len(x0), {"seeds": seeds, **cond})
     check_batch(x0, ts[0])
     alpha, sigma = denoiser.schedule(ts)
     rows = []

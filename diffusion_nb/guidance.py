@@ -34,6 +34,9 @@ class Unlabelled(Denoiser):
         super().__init__()
         self.denoiser, self.schedule, self.null = denoiser, denoiser.schedule, null
 
+    def check_y(self, y) -> None:
+        "Any label will do."
+
     def forward(self, x_t, t, y=None, **cond):
         if self.null is not None:
             cond["y"] = torch.full((len(x_t),), self.null, device=x_t.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import Noise, check_finite, like
-from .denoiser import Denoiser, Pred
+from .denoiser import Denoiser, Pred, check_cond
 from .elbo import guess_kl, large, prior_kl, small
 from .forward import Schedule, q_sample
 from .posterior import Step, posterior_steps
@@ -132,9 +132,7 @@ def bits_per_dim(denoiser: Denoiser, x: Float[Tensor, "n *d"], ts: Float[Tensor,
         raise ValueError(
             f"ts: expected times from 1 to 0, two steps or more; got {len(ts) - 1} from {ts[0]:g} to {ts[-1]:g}"
         )
-    for name, values in {"seeds": seeds, **cond}.items():
-        if len(values) != len(x):
-            raise ValueError(f"{name}: expected {len(x)}, one for each picture; got {len(values)}")
+    check_cond(denoiser, len(x), {"seeds": seeds, **cond})
     coefficients = posterior_steps(denoiser.schedule, ts[1:], ts[:-1])
     steps = [Step._make(row) for row in zip(*(c.tolist() for c in coefficients), strict=True)]
     parts = []

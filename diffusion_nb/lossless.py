@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .core import check_finite
-from .denoiser import Denoiser
+from .denoiser import Denoiser, check_cond
 from .elbo import large
 from .forward import transition
 from .likelihood import check_levels
@@ -210,10 +210,14 @@ def pop_pictures(codec: LosslessCodec, stack: Stack, shape: Sequence[int], **con
 def lossless_encode(codec: LosslessCodec, x: Float[Tensor, "n *d"], y: Int[Tensor, " n"] | None = None) -> bytes:
     "The message for n pictures, and their labels if the codec has classes. Raises ValueError where pictures or labels are not what the codec expects."
     check_levels(x, codec.levels)
+    codec.stages()
     if (y is not None) != (codec.classes > 0) or (y is not None and len(y) != len(x)):
         raise ValueError(
             f"y: expected {f'{len(x)} labels' if codec.classes else 'none'}, got {None if y is None else len(y)}"
         )
+    if codec.classes and (y.is_floating_point() or not ((y >= 0) & (y < codec.classes)).all()):
+        raise ValueError(f"y: expected integer labels from 0 to {codec.classes - 1}; got {y.unique().tolist()}")
+    check_cond(codec.denoiser, len(x), {"y": y} if codec.classes else {})
     stack = codec.start()
     for part in torch.arange(len(x)).split(codec.batch):
         label = {"y": y[part]} if codec.classes else {}
@@ -229,6 +233,9 @@ def lossless_decode(codec: LosslessCodec, message: bytes, shape: Sequence[int]) 
 
     In float32. Raises ValueError for a message that is damaged, or of another codec, or of another number of pictures: then what is left is not what the stack began with.
     """
+    codec.stages()
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(f"shape: expected (n, …), the number of pictures and their shape; got {tuple(shape)}")
     stack, xs, ys = Stack(int.from_bytes(message, "big")), [], []
     for part in reversed(torch.arange(shape[0]).split(codec.batch)):
         if codec.classes:

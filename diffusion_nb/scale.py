@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 from .core import Noise, checksum, like, load_tensors, save_tensors, write_atomically
 from .data import to_bytes
-from .denoiser import Denoiser, NetDenoiser, Pred
+from .denoiser import Denoiser, NetDenoiser, Pred, check_cond
 from .runs import flops
 from .training import largest_that_fits
 
@@ -550,6 +550,8 @@ def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[T
     out, (rank, world, team) = Path(out), share_of(rank, world)
     check_generate(out, n, shape, chunk, rank, world, denoiser)
     told = conditions(cond or {}, n, first)
+    if isinstance(cond, dict):
+        check_cond(denoiser, n, cond)
     parts = Parts(out, record(denoiser, sampler, ts, n, shape, cond or {}, first))
 
     def rows(i):

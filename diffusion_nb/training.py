@@ -57,6 +57,7 @@ from diffusion_nb.denoiser import (
     Clip,
     Denoiser,
     NetDenoiser,
+    check_cond,
     denoising_loss,
     predict_eps,
     predict_v,
@@ -253,11 +254,7 @@ class Trainer:
                  every: int = 1000, keep: int = 2, accumulate: int = 1, read: int = 50, skip: bool = False,
                  hooks: Sequence[Callable] = (), shard: bool = False):  # fmt: skip
         check_finite(x0, "x0")
-        for name, values in (cond or {}).items():
-            if len(values) != len(x0):
-                raise ValueError(
-                    f"cond: expected {len(x0)} values of {name!r}, one for each picture; got {len(values)}"
-                )
+        check_cond(denoiser, len(x0), cond or {})
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device(device) if device else default_device()
         self.steps, self.lr, self.batch, self.null, self.drop, self.times = steps, lr, batch, null, drop, times

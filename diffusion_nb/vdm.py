@@ -24,6 +24,7 @@ from diffusion_nb.denoiser import (
     Clip,
     Denoiser,
     NetDenoiser,
+    check_cond,
     denoising_loss,
     predict_eps,
     predict_v,
@@ -268,9 +269,7 @@ def vdm_bits(denoiser: Denoiser, x: Float[Tensor, "n *d"], levels: int, times: i
             f"denoiser: expected a schedule with noise at t = 0 and signal at t = 1; its log SNR is {ends.tolist()} there"
         )
     seeds = torch.arange(len(x)) if seeds is None else torch.as_tensor(seeds)
-    for name, values in {"seeds": seeds, **cond}.items():
-        if len(values) != len(x):
-            raise ValueError(f"{name}: expected {len(x)}, one for each picture; got {len(values)}")
+    check_cond(denoiser, len(x), {"seeds": seeds, **cond})
     parts = []
     for i in tqdm(range(0, len(x), batch), desc="bits", unit="batch", delay=3, leave=False):
         here = slice(i, i + batch)

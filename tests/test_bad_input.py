@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from diffusion_nb import data
+from diffusion_nb.analytic import expected_eps2
 from diffusion_nb.core import Noise, check_finite, check_time, ints, project_root, settings
 from diffusion_nb.data import DATA_SETS, GaussianMixture, fashion_mnist, mnist, random_mixture
 from diffusion_nb.denoiser import (
+    Clip,
     Denoiser,
     GMMDenoiser,
     NetDenoiser,
@@ -36,7 +38,9 @@ from diffusion_nb.forward import (
     q_step,
     transition,
 )
+from diffusion_nb.guidance import CFG, Unlabelled
 from diffusion_nb.likelihood import Codec, bits_per_dim, encode, even_times, pack, unpack
+from diffusion_nb.lossless import LosslessCodec, lossless_decode, lossless_encode
 from diffusion_nb.metrics import (
     MetricCard,
     density_coverage,
@@ -47,8 +51,11 @@ from diffusion_nb.metrics import (
 )
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.posterior import posterior_steps, q_posterior
+from diffusion_nb.samplers.ddim import ddim
 from diffusion_nb.samplers.ddpm import time_grid
+from diffusion_nb.scale import generate
 from diffusion_nb.training import Trainer, recipe
+from diffusion_nb.vdm import LinearGamma, vdm_bits
 
 nan, inf = float("nan"), float("inf")
 CHAIN = DDPMSchedule(linear_betas())
@@ -599,7 +606,7 @@ def test_data_that_cannot_be_trained_on():
 
     with refused("x0: 1 of its 256 values are NaN or infinite"):
         trainer(torch.zeros(4, 1, 8, 8).index_put((torch.tensor(0),) * 4, T(nan).float()))
-    with refused("cond: expected 4 values of 'y', one for each picture; got 3"):
+    with refused("y: expected 4, one for each picture; got 3"):
         trainer(torch.zeros(4, 1, 8, 8), cond={"y": torch.zeros(3).long()})
 
 
@@ -720,3 +727,69 @@ def test_minutes_that_are_none(minutes):
                       lr=lambda k: 1e-3, batch=2, device="cpu")  # fmt: skip
     with refused("minutes: expected a positive number"):
         trainer.fit(minutes)
+
+
+# at the door: what is wrong with the last of many is refused before the first is looked at
+
+
+class Untouched(Denoiser):
+    "Knows three labels, and must not be called."
+
+    def __init__(self, schedule=None):
+        super().__init__()
+        self.schedule, self.net = schedule or CosineSchedule(), UNet(1, 8, (1, 2), 1, (), classes=3)
+
+    def forward(self, x_t, t, **cond):
+        raise AssertionError("something was done before the labels were looked at")
+
+
+LATE = torch.tensor([0, 1, 2, 0, 7])  # the last is no label
+FIVE = torch.zeros(5, 1, 8, 8)
+DOORS = {
+    "bits_per_dim": lambda d, y, tmp: bits_per_dim(d, FIVE, levels=17, batch=2, y=y),
+    "vdm_bits": lambda d, y, tmp: vdm_bits(d, FIVE, 17, batch=2, y=y),
+    "generate": lambda d, y, tmp: generate(
+        tmp / "a.npz", d, ddim, time_grid(2), 5, (1, 8, 8), cond={"y": y}, chunk=2
+    ),
+    "expected_eps2": lambda d, y, tmp: expected_eps2(d, FIVE, time_grid(4)[:-1], batch=2, y=y),
+    "Trainer": lambda d, y, tmp: Trainer(
+        d, FIVE, steps=1, batch=2, lr=lambda k: 1e-3, cond={"y": y}, device="cpu"
+    ),
+    "lossless_encode": lambda d, y, tmp: lossless_encode(
+        LosslessCodec(d, time_grid(4), 17, large, classes=3, initial=600), FIVE, y
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, Clip, lambda d: CFG(d, 1.0, 3)], ids=["as it is", "Clip", "CFG"])
+@pytest.mark.parametrize("door", DOORS)
+def test_labels_are_refused_at_the_door(door, wrap, tmp_path):
+    for y in (LATE, LATE - 1, LATE.float()):
+        with pytest.raises(ValueError, match="^y: expected"):
+            DOORS[door](wrap(Untouched(LinearGamma(-7, 6) if door == "vdm_bits" else None)).eval(), y, tmp_path)
+    with pytest.raises(ValueError, match="expected 5"):
+        DOORS[door](
+            wrap(Untouched(LinearGamma(-7, 6) if door == "vdm_bits" else None)).eval(), LATE[:4] % 3, tmp_path
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_label_for_a_picture_that_needs_none_is_no_matter(tmp_path):
+    blind = Unlabelled(NetDenoiser(UNet(1, 8, (1, 2), 1, ()), CosineSchedule(), predict_v)).eval()
+    assert generate(tmp_path / "a.npz", blind, ddim, time_grid(2), 5, (1, 8, 8), cond={"y": LATE})
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 1, 8, 8), (5, 0, 8, 8)])
+def test_shapes_of_a_message_are_refused_at_the_door(shape):
+    with pytest.raises(ValueError, match="^shape: expected"):
+        lossless_decode(LosslessCodec(Untouched(), time_grid(4), 17, large, classes=3), b"\1" * 400, shape)
+
+
+def test_times_of_a_codec_are_refused_at_the_door():
+    rising = LosslessCodec(Untouched(), time_grid(4).flip(0), 17, large, classes=3)
+    for attempt in (
+        lambda: lossless_encode(rising, FIVE, LATE % 3),
+        lambda: lossless_decode(rising, b"", (5, 1, 8, 8)),
+    ):
+        with pytest.raises(ValueError, match="^ts: expected"):
+            attempt()

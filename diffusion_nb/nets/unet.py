@@ -188,6 +188,10 @@ class UNet(nn.Module):
         if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
             raise ValueError(f"x: this network halves pictures, so height and width must be multiples of {self.multiple}; "
                              f"got {x.shape[2]}×{x.shape[3]}")  # fmt: skip
+        self.check_y(y)
+
+    def check_y(self, y: Int[Tensor, " n"] | None) -> None:
+        "Raise ValueError unless these are labels that the network knows, or None where it knows none."
         if (y is None) == (self.label is not None):
             raise ValueError("y: expected a label for each picture (y = classes means any)" if y is None else
                              "y: this network was built without classes")  # fmt: skip

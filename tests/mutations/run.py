@@ -22,16 +22,17 @@ from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parents[2]
 MUTATIONS = tomllib.loads(Path(__file__).with_name("mutations.toml").read_text())["mutation"]
-PARTS = ("diffusion_nb", "nbs", "tests", "conftest.py", "pyproject.toml", "settings.ini")
+PARTS = ("diffusion_nb", "nbs", "tests", "tools", "conftest.py", "pyproject.toml", "settings.ini")
 SECONDS = 120  # for the tests of one bug
 MISSPELT = {"SyntaxError", "IndentationError", "ImportError", "ModuleNotFoundError", "NameError", "UnboundLocalError",
             "AttributeError"}  # fmt: skip
 
 
-def notebook_of(module: Path) -> Path:
-    "The notebook that exports a module, as its first line says."
+def notebook_of(module: Path) -> Path | None:
+    "The notebook that exports a module, as its first line says; None for one that is written by hand."
     first = module.read_text().splitlines()[0]
-    return (module.parent / first.rpartition("File to edit: ")[2].rstrip(".")).resolve()
+    exported = "File to edit: " in first
+    return (module.parent / first.rpartition("File to edit: ")[2].rstrip(".")).resolve() if exported else None
 
 
 def replaced(text: str, m: dict, where: Path) -> str:
@@ -44,9 +45,10 @@ def replaced(text: str, m: dict, where: Path) -> str:
 
 
 def mutants(m: dict, root: Path) -> dict[Path, str]:
-    "The module and its notebook with the bug."
+    "The module with the bug, and the notebook that exports it, if one does."
     module = root / m["file"]
-    path = notebook_of(module)
+    if not (path := notebook_of(module)):
+        return {module: replaced(module.read_text(), m, module)}
     notebook = json.loads(path.read_text())
     cells = [c for c in notebook["cells"] if "".join(c["source"]).startswith("#| export")]
     parted = "\0".join("".join(c["source"]) for c in cells)
