@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,7 +87,12 @@ def test_run_is_stopped_by_ctrl_c_keeps_what_ran_and_goes_on(book):
     )
     nbformat.write(slow, book / "nbs/02_bad.ipynb")
     command = [sys.executable, "-m", "diffusion_nb.cli", "run", "--jobs", "2"]
-    run = subprocess.Popen(command, cwd=book, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # also where the tests run in the background, which ignores it
+    run = subprocess.Popen(
+        command, cwd=book, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard
+    )
     while len(pages(book)) < 3 or not (book / "nbs/been").exists():
         assert run.poll() is None, run.communicate()[0]
         index = (book / "_book/index.html").read_text() if (book / "_book/index.html").exists() else "http-equiv"
