@@ -220,7 +220,7 @@ def test_another_number_of_pictures_is_noticed(n):
         ({}, X, Y, "expected none"),
         (dict(classes=3), X, None, "expected 6 labels"),
         (dict(classes=3), X, Y[:5], "expected 6 labels"),
-        (dict(classes=2), X, Y, "expected 0 to 1"),
+        (dict(classes=2), X, Y, "expected integer labels from 0 to 1"),
         (dict(ts=TS.flip(0)), X, None, "fall"),
         (dict(ts=TS[:-1]), X, None, "from 1 to 0"),
         (dict(fineness=0.0), X, None, "positive fineness"),
