@@ -63,12 +63,10 @@ def test_run_names_what_failed_and_finishes_the_others(book, capsys):
 
 def test_run_goes_on_with_what_is_left_unless_something_changed(book, capsys):
     assert main(["run"]) == 1
+    capsys.readouterr()
     assert main(["run"]) == 1  # 02 again, alone
     said = capsys.readouterr()
-    assert (
-        "2 of 3 notebooks ran already" in said.out
-        and "01_good" not in said.err.partition("02_bad.ipynb failed")[2]
-    )
+    assert "2 of 3 notebooks ran already" in said.out and "01_good" not in said.err
     assert main(["run", "--fresh", "--jobs", "1"]) == 1
     assert "0 of 1" not in (said := capsys.readouterr().out) and "2 of 3 notebooks ran well" in said
     cells = nbformat.read(book / "nbs/02_bad.ipynb", 4)
