@@ -793,3 +793,9 @@ def test_times_of_a_codec_are_refused_at_the_door():
     ):
         with pytest.raises(ValueError, match="^ts: expected"):
             attempt()
+
+
+def test_the_label_that_means_any_cannot_be_sent():
+    codec = LosslessCodec(Untouched(), time_grid(4), 17, large, classes=3, initial=600)
+    with pytest.raises(ValueError, match="^y: expected integer labels from 0 to 2"):
+        lossless_encode(codec, FIVE, LATE.clamp(max=3))

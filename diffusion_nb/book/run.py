@@ -87,6 +87,13 @@ class Kernels:
         self.clients, self.lines, self.stopped = set(), list(range(jobs)), False
         self.lock = threading.Lock()
 
+    def check(self, **_) -> None:
+        "Raise DeadKernelError after Ctrl-C: a kernel that was only starting then was not stopped."
+        from nbclient.exceptions import DeadKernelError
+
+        if self.stopped:
+            raise DeadKernelError("stopped")
+
     def stop(self) -> None:
         self.stopped = True
         for client in list(self.clients):
@@ -115,6 +122,7 @@ def execute(path: Path, out: Path, kernels: Kernels) -> tuple[float, str | None]
             kernel_name="python3",
             extra_arguments=["--IPKernelApp.log_level=40"],  # errors only
             resources={"metadata": {"path": str(path.parent)}},
+            on_cell_execute=kernels.check,
             on_cell_executed=lambda **_: bar.update(),
         )
         kernels.clients.add(client)
