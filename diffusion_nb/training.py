@@ -260,6 +260,10 @@ class Trainer:
         self.steps, self.lr, self.batch, self.null, self.drop, self.times = steps, lr, batch, null, drop, times
         self.loss, self.augment, self.decay, self.clip, self.seed, self.bf16 = loss, augment, ema, clip, seed, bf16
         self.accumulate, self.read, self.skip, self.hooks, self.shard = accumulate, read, skip, hooks, shard
+        on_cpu = self.device.type == "cpu"  # torch.manual_seed also queues calls for a GPU that is not used
+        self.reseed = (
+            torch.default_generator.manual_seed if on_cpu else torch.get_device_module(self.device).manual_seed
+        )
         self._place_network(denoiser, betas, compile)
         self._place_data(x0, cond or {})
         keeps = {"times": times} | {f"hook{i}": hook for i, hook in enumerate(hooks)}
@@ -351,7 +355,7 @@ class Trainer:
         "One step; returns the loss of this process's pictures without waiting for it."
         total = 0.0
         for (i, _), (x0, t, eps, cond) in zip(self.parts, self.draw(self.step), strict=True):
-            torch.manual_seed(self.step + 2**32 * i)  # for dropout
+            self.reseed(self.step + 2**32 * i)  # for dropout
             self.sync(i == self.parts[-1][0])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 loss = self.model(x0, t, eps, **cond).mean() / self.accumulate
@@ -366,7 +370,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         decay = min(self.decay, (1 + self.step) / (10 + self.step))  # short memory at first
-        torch._foreach_lerp_(self.averages, self.params, 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.params, 1 - decay)
         self.step += 1
         return total
 
