@@ -9,10 +9,11 @@ import torch
 from common import report
 
 from diffusion_nb.data import digits
-from diffusion_nb.denoiser import Clip
-from diffusion_nb.elbo import large
-from diffusion_nb.likelihood import bits_per_dim, fitted, stop_early
-from diffusion_nb.training import digit_denoiser
+from diffusion_nb.denoisers import Clip
+from diffusion_nb.experiments.digits import digit_denoiser
+from diffusion_nb.grids import stop_early
+from diffusion_nb.likelihood.bits import bits_per_dim, fitted
+from diffusion_nb.variances import large
 
 
 def main():

@@ -34,13 +34,15 @@ from diffusers.utils import logging
 from ema_pytorch import EMA
 from torch import nn
 
-from diffusion_nb.core import Noise
-from diffusion_nb.denoiser import Clip, NetDenoiser, denoising_loss
-from diffusion_nb.forward import DDPMSchedule, linear_betas
+from diffusion_nb.denoisers import Clip, NetDenoiser
+from diffusion_nb.grids import time_grid
+from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.nets.unet import UNet, parameters
-from diffusion_nb.samplers.ddim import ddim
-from diffusion_nb.samplers.ddpm import time_grid
-from diffusion_nb.training import Trainer, chain_times, flip_half
+from diffusion_nb.noise import Noise
+from diffusion_nb.samplers.linear import ddim
+from diffusion_nb.schedules import DDPMSchedule, linear_betas
+from diffusion_nb.time_samplers import chain_times
+from diffusion_nb.training.trainer import Trainer, flip_half
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from test_parity_diffusers import names  # noqa: E402  our parameter → theirs

@@ -9,8 +9,11 @@ import time
 import torch
 from common import report
 
-from diffusion_nb.data import digit_judge, digits, frechet_distance, recognised
-from diffusion_nb.training import judge_digits, recipe, recipe_trainer
+from diffusion_nb.data import digits
+from diffusion_nb.experiments.digits import judge_digits
+from diffusion_nb.experiments.judge import digit_judge, recognised
+from diffusion_nb.metrics.features import frechet_distance
+from diffusion_nb.recipes.diffusion import recipe, recipe_trainer
 
 
 def main():

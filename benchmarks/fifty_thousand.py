@@ -15,14 +15,13 @@ import torch
 from common import InDtype, arguments, digits, prepare, report, sync
 from contenders import Setting, check_walks, networks
 
-from diffusion_nb.consistency import Guess, consistency_sample
-from diffusion_nb.core import Noise
-from diffusion_nb.denoiser import Clip, NetDenoiser
-from diffusion_nb.forward import DDPMSchedule, linear_betas
+from diffusion_nb.denoisers import Clip, Guess, NetDenoiser
+from diffusion_nb.grids import edm_grid, time_grid
 from diffusion_nb.nets.unet import UNet
-from diffusion_nb.samplers.ddim import ddim
-from diffusion_nb.samplers.ddpm import ddpm, time_grid
-from diffusion_nb.samplers.solvers import dpmpp_2m, edm_grid
+from diffusion_nb.noise import Noise
+from diffusion_nb.samplers.consistency import consistency_sample
+from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m
+from diffusion_nb.schedules import DDPMSchedule, linear_betas
 
 SHAPE = (3, 32, 32)
 SCHEDULE = DDPMSchedule(linear_betas(1000))

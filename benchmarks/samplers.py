@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import torch
 from common import report, seconds
 
-from diffusion_nb.core import Noise
-from diffusion_nb.denoiser import Denoiser, NetDenoiser, Pred
-from diffusion_nb.forward import DDPMSchedule, linear_betas
-from diffusion_nb.posterior import posterior_steps
-from diffusion_nb.samplers.ddim import ddim
-from diffusion_nb.samplers.ddpm import ddpm, time_grid
-from diffusion_nb.samplers.solvers import dpmpp_2m, dpmpp_2m_sde, heun, ode_steps
+from diffusion_nb.denoisers import Denoiser, NetDenoiser, Pred
+from diffusion_nb.forward import posterior_steps
+from diffusion_nb.grids import time_grid
+from diffusion_nb.noise import Noise
+from diffusion_nb.samplers.heun import heun
+from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, ode_steps
+from diffusion_nb.schedules import DDPMSchedule, linear_betas
 
 N, SHAPE = 1000, (3, 32, 32)
 noise = Noise(range(4), SHAPE)

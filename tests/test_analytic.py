@@ -7,15 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_nb.analytic import Moments, analytic, expected_eps2, repriced
-from diffusion_nb.core import Noise, like, monte_carlo
-from diffusion_nb.data import GaussianMixture, random_mixture
-from diffusion_nb.denoiser import Denoiser, GMMDenoiser, Pred
-from diffusion_nb.elbo import large, small
-from diffusion_nb.forward import CosineSchedule, DDPMSchedule, VESchedule, VPSchedule, linear_betas, q_sample
-from diffusion_nb.likelihood import bits_per_dim, fitted, stop_early
-from diffusion_nb.posterior import Step, posterior_steps
-from diffusion_nb.samplers.ddpm import ddpm, time_grid
+from diffusion_nb.book.claims import monte_carlo
+from diffusion_nb.denoisers import Denoiser, Pred
+from diffusion_nb.forward import Step, posterior_steps, q_sample
+from diffusion_nb.grids import stop_early, time_grid
+from diffusion_nb.likelihood.bits import bits_per_dim, fitted, repriced
+from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
+from diffusion_nb.noise import Noise
+from diffusion_nb.samplers.linear import ddpm
+from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, VESchedule, VPSchedule, linear_betas
+from diffusion_nb.util.checks import like
+from diffusion_nb.variances import Moments, analytic, expected_eps2, large, small
 
 F64, INF = torch.float64, math.inf
 SCHEDULES = {

@@ -12,50 +12,38 @@ import torch
 from torch import nn
 
 from diffusion_nb import data
-from diffusion_nb.analytic import expected_eps2
-from diffusion_nb.core import Noise, check_finite, check_time, ints, project_root, settings
-from diffusion_nb.data import DATA_SETS, GaussianMixture, fashion_mnist, mnist, random_mixture
-from diffusion_nb.denoiser import (
-    Clip,
-    Denoiser,
-    GMMDenoiser,
-    NetDenoiser,
-    predict_eps,
-    predict_score,
-    predict_v,
-    predict_x0,
-)
-from diffusion_nb.elbo import large, small
-from diffusion_nb.forward import (
+from diffusion_nb.data import DATA_SETS, fashion_mnist, mnist
+from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, predict_eps, predict_score, predict_v, predict_x0
+from diffusion_nb.forward import posterior_steps, q_posterior, q_sample, q_step, transition
+from diffusion_nb.generation.generate import generate
+from diffusion_nb.grids import time_grid
+from diffusion_nb.guidance import CFG, Unlabelled
+from diffusion_nb.likelihood.bits import bits_per_dim
+from diffusion_nb.likelihood.continuous import vdm_bits
+from diffusion_nb.likelihood.lossless import LosslessCodec, lossless_decode, lossless_encode
+from diffusion_nb.likelihood.lossy import Codec, encode, even_times, pack, unpack
+from diffusion_nb.metrics.cards import MetricCard, load_cards, save_cards
+from diffusion_nb.metrics.features import density_coverage, inception_score, precision_recall
+from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
+from diffusion_nb.nets.unet import UNet
+from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.diffusion import recipe
+from diffusion_nb.recipes.settings import ints, settings
+from diffusion_nb.samplers.linear import ddim
+from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
     EDMSchedule,
+    LinearGamma,
     Schedule,
     VESchedule,
     VPSchedule,
     linear_betas,
-    q_sample,
-    q_step,
-    transition,
 )
-from diffusion_nb.guidance import CFG, Unlabelled
-from diffusion_nb.likelihood import Codec, bits_per_dim, encode, even_times, pack, unpack
-from diffusion_nb.lossless import LosslessCodec, lossless_decode, lossless_encode
-from diffusion_nb.metrics import (
-    MetricCard,
-    density_coverage,
-    inception_score,
-    load_cards,
-    precision_recall,
-    save_cards,
-)
-from diffusion_nb.nets.unet import UNet
-from diffusion_nb.posterior import posterior_steps, q_posterior
-from diffusion_nb.samplers.ddim import ddim
-from diffusion_nb.samplers.ddpm import time_grid
-from diffusion_nb.scale import generate
-from diffusion_nb.training import Trainer, recipe
-from diffusion_nb.vdm import LinearGamma, vdm_bits
+from diffusion_nb.training.trainer import Trainer
+from diffusion_nb.util.checks import check_finite, check_time
+from diffusion_nb.util.storage import project_root
+from diffusion_nb.variances import expected_eps2, large, small
 
 nan, inf = float("nan"), float("inf")
 CHAIN = DDPMSchedule(linear_betas())

@@ -16,15 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_nb import cli
 from diffusion_nb.book.run import how_many, in_order
-from diffusion_nb.cli import main
-from diffusion_nb.data import GaussianMixture, digits
-from diffusion_nb.denoiser import Clip, GMMDenoiser
-from diffusion_nb.elbo import large
-from diffusion_nb.forward import CosineSchedule
-from diffusion_nb.likelihood import bits_per_dim, stop_early
-from diffusion_nb.vdm import vdm_bits, vdm_denoiser
+from diffusion_nb.cli import models
+from diffusion_nb.cli import sample as cli_sample
+from diffusion_nb.cli.main import main
+from diffusion_nb.data import digits
+from diffusion_nb.denoisers import Clip
+from diffusion_nb.grids import stop_early
+from diffusion_nb.likelihood.bits import bits_per_dim
+from diffusion_nb.likelihood.continuous import vdm_bits
+from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser
+from diffusion_nb.recipes.vdm import vdm_denoiser
+from diffusion_nb.schedules import CosineSchedule
+from diffusion_nb.variances import large
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def test_run_is_stopped_by_ctrl_c_keeps_what_ran_and_goes_on(book):
         "    time.sleep(600)"
     )
     nbformat.write(slow, book / "nbs/02_bad.ipynb")
-    command = [sys.executable, "-m", "diffusion_nb.cli", "run", "--jobs", "2"]
+    command = [sys.executable, "-m", "diffusion_nb", "run", "--jobs", "2"]
     heard = partial(
         signal.signal, signal.SIGINT, signal.SIG_DFL
     )  # also where the tests run in the background, which ignores it
@@ -169,7 +173,7 @@ def test_what_was_run_is_written_down(tmp_path):
 
 def test_pictures_do_not_depend_on_the_batch(tmp_path, monkeypatch):
     exact = GMMDenoiser(GaussianMixture([1.0], torch.zeros(1, 64), torch.eye(64)[None]), CosineSchedule())
-    monkeypatch.setattr(cli, "load_model", lambda folder: (exact, {"classes": 0}, (1, 8, 8)))
+    monkeypatch.setattr(cli_sample, "load_model", lambda folder: (exact, {"classes": 0}, (1, 8, 8)))
     for batch in ("2", "4"):
         words = ["--n", "4", "--steps", "2", "--batch", batch, "--device", "cpu", "--out", str(tmp_path / batch)]
         assert main(["sample", *words]) == 0
@@ -181,7 +185,7 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path, monkeypatch):
 def test_samplers_without_fresh_noise_keep_the_data(sampler, tmp_path, monkeypatch):
     "Narrow data come out narrow. (2M's grid ends at log SNR 2 with the guess, which is narrower still.)"
     exact = GMMDenoiser(GaussianMixture([1.0], torch.zeros(1, 64), 0.01 * torch.eye(64)[None]), CosineSchedule())
-    monkeypatch.setattr(cli, "load_model", lambda folder: (exact, {"classes": 0}, (1, 8, 8)))
+    monkeypatch.setattr(cli_sample, "load_model", lambda folder: (exact, {"classes": 0}, (1, 8, 8)))
     words = ["--n", "64", "--steps", "100", "--sampler", sampler, "--device", "cpu", "--out", str(tmp_path)]
     assert main(["sample", *words]) == 0
     x = load_file(tmp_path / "samples.safetensors")["pictures"]
@@ -191,7 +195,9 @@ def test_samplers_without_fresh_noise_keep_the_data(sampler, tmp_path, monkeypat
 
 def test_bits_are_those_of_the_library(tmp_path, monkeypatch):
     exact = GMMDenoiser(GaussianMixture([1.0], torch.zeros(1, 64), torch.eye(64)[None]), CosineSchedule())
-    monkeypatch.setattr(cli, "load_model", lambda folder: (exact, {"classes": 0, "data": "digits"}, (1, 8, 8)))
+    monkeypatch.setattr(
+        cli_sample, "load_model", lambda folder: (exact, {"classes": 0, "data": "digits"}, (1, 8, 8))
+    )
     out = tmp_path / "bits.json"
     assert main(["bits", "--n", "3", "--steps", "4", "--end", "0.1", "--device", "cpu", "--out", str(out)]) == 0
     want = bits_per_dim(Clip(exact), digits().x_test[:3], stop_early(4, 0.1), levels=17, var=large)
@@ -206,7 +212,7 @@ def test_bits_are_those_of_the_library(tmp_path, monkeypatch):
 def test_a_learned_schedule_is_trained_kept_measured_and_drawn_with(tmp_path, capsys):
     words = ["--device", "cpu", "--out", str(tmp_path)]
     assert main(["train", "--vdm", "--steps", "2", "--batch", "4", "--width", "8", *words]) == 0
-    model, r, shape = cli.load_model(str(tmp_path))
+    model, r, shape = models.load_model(str(tmp_path))
     fresh = dict(vdm_denoiser(r, shape).named_parameters())
     assert shape == (1, 8, 8) and not any(
         torch.equal(p, fresh[n]) for n, p in model.named_parameters() if "ends" in n

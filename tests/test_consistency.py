@@ -14,40 +14,51 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusion_nb.consistency import (
-    SIGMAS,
+from diffusion_nb.data import digits
+from diffusion_nb.denoisers import (
+    AsVE,
+    Clip,
     Consistency,
     Guess,
-    Levels,
-    absolute,
+    NetDenoiser,
     boundary_scalings,
+    predict_eps,
+    predict_v,
+    predict_x0,
+)
+from diffusion_nb.experiments.consistency import SIGMAS
+from diffusion_nb.grids import edm_grid, noise_times, time_grid
+from diffusion_nb.losses.consistency import (
+    absolute,
     consistency_distillation,
-    consistency_sample,
-    consistency_trainer,
     consistency_training,
-    doubling,
     equal_weight,
     euler_step,
     heun_step,
     inverse_gap,
-    keep,
-    keep_means,
-    log_normal,
-    noise_times,
     perceptual,
     pseudo_huber,
-    steady,
-    train_consistency,
 )
-from diffusion_nb.core import Noise
-from diffusion_nb.data import Judge, digits, random_mixture
-from diffusion_nb.denoiser import Clip, GMMDenoiser, NetDenoiser, predict_eps, predict_v, predict_x0
-from diffusion_nb.forward import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
-from diffusion_nb.samplers.ddim import ddim
-from diffusion_nb.samplers.ddpm import time_grid
-from diffusion_nb.samplers.solvers import edm_grid, heun
-from diffusion_nb.score import AsVE, RelativeNoise, ScoreMLP
-from diffusion_nb.training import Trainer, recipe, recipe_denoiser
+from diffusion_nb.mixtures import GMMDenoiser, random_mixture
+from diffusion_nb.nets.classifier import Judge
+from diffusion_nb.nets.mlp import ScoreMLP
+from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.consistency import consistency_trainer, train_consistency
+from diffusion_nb.recipes.diffusion import recipe, recipe_denoiser
+from diffusion_nb.samplers.consistency import consistency_sample, keep, keep_means
+from diffusion_nb.samplers.heun import heun
+from diffusion_nb.samplers.linear import ddim
+from diffusion_nb.schedules import (
+    CosineSchedule,
+    DDPMSchedule,
+    EDMSchedule,
+    RelativeNoise,
+    VESchedule,
+    VPSchedule,
+    linear_betas,
+)
+from diffusion_nb.time_samplers import Levels, doubling, log_normal, steady
+from diffusion_nb.training.trainer import Trainer
 
 F64 = torch.float64
 MIXTURE = random_mixture(3)

@@ -14,8 +14,12 @@ import pytest
 import sympy
 import torch
 
-from diffusion_nb import core
-from diffusion_nb.core import GAMMA, artifact, claim, fingerprint, splitmix64
+from diffusion_nb.book import claims
+from diffusion_nb.book.claims import claim
+from diffusion_nb.experiments import artifacts
+from diffusion_nb.experiments.artifacts import artifact, fingerprint
+from diffusion_nb.noise import GAMMA, splitmix64
+from diffusion_nb.util import storage
 
 HANGS = 1800  # seconds: what takes so long on any machine, hangs
 
@@ -50,7 +54,7 @@ def test_splitmix64_agrees_with_whole_numbers():
 
 def test_write_atomically(tmp_path):
     path = tmp_path / "deep" / "file.txt"
-    core.write_atomically(path, lambda p: p.write_text("old"))
+    storage.write_atomically(path, lambda p: p.write_text("old"))
     assert path.read_text() == "old"
 
     def interrupted(p):
@@ -59,13 +63,13 @@ def test_write_atomically(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        core.write_atomically(path, interrupted)
+        storage.write_atomically(path, interrupted)
     assert path.read_text() == "old"
     with pytest.raises(FileNotFoundError):
-        core.write_atomically(path, lambda p: None)  # nothing was written
+        storage.write_atomically(path, lambda p: None)  # nothing was written
     assert path.read_text() == "old"
     with open(path) as reader:
-        core.write_atomically(path, lambda p: p.write_text("new"))
+        storage.write_atomically(path, lambda p: p.write_text("new"))
         assert reader.read() == "old"  # who has it open keeps what was there
     assert path.read_text() == "new"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
@@ -136,7 +140,7 @@ def test_artifact_takes_tuples_in_its_recipe(project):
 
 def test_artifact_made_by_other_code_is_made_again(maker, monkeypatch, capsys):
     artifact("a", maker.make, {"size": 3})
-    monkeypatch.setattr(core, "fingerprint", lambda *_: "of other code")
+    monkeypatch.setattr(artifacts, "fingerprint", lambda *_: "of other code")
     artifact("a", maker.make, {"size": 3})
     artifact("a", maker.make, {"size": 3})
     assert maker.made == [3, 3]
@@ -190,7 +194,7 @@ def test_interrupted_make_leaves_the_old_one_usable(maker, project):
 def test_killed_between_file_and_card(maker, project, monkeypatch):
     "The new file is there and the old card still is: not to be mistaken for either."
     artifact("a", maker.make, {"size": 3})
-    write = core.write_atomically
+    write = storage.write_atomically
 
     def killed_before_the_card(path, fill):
         if path.suffix == ".json":
@@ -198,7 +202,7 @@ def test_killed_between_file_and_card(maker, project, monkeypatch):
         write(path, fill)
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(core, "write_atomically", killed_before_the_card)
+        m.setattr(artifacts, "write_atomically", killed_before_the_card)
         artifact("a", maker.make, {"size": 4})
     for size in (3, 4):
         tensors, _ = artifact("a", maker.make, {"size": size})
@@ -210,7 +214,7 @@ RACE = """
 import sys, time
 from pathlib import Path
 import torch
-from diffusion_nb.core import artifact
+from diffusion_nb.experiments.artifacts import artifact
 
 def make(size):
     with open("made", "a") as f:
@@ -339,7 +343,7 @@ def test_fingerprint_does_not_see_words(tmp_path, old, new):
 
 def test_fingerprint_is_the_same_in_another_process(tmp_path):
     (tmp_path / "prog.py").write_text(
-        CODE + "\nfrom diffusion_nb.core import fingerprint\nprint(fingerprint(make))\n"
+        CODE + "\nfrom diffusion_nb.experiments.artifacts import fingerprint\nprint(fingerprint(make))\n"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     for seed in ("0", "1"):
@@ -367,7 +371,7 @@ def test_fingerprint_sees_through_a_decorator(tmp_path):
 nan, inf = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("check", [core.oracle, core.limit])
+@pytest.mark.parametrize("check", [claims.oracle, claims.limit])
 def test_oracle(check):
     assert check(torch.tensor([1.0, 2.0]), [1.0, 2.0]).holds
     assert check(1 + 1e-10, 1.0).holds and not check(1 + 1e-8, 1.0).holds
@@ -386,10 +390,10 @@ def test_oracle(check):
         assert not check(got, want).holds, (got, want)
     with pytest.raises(ValueError, match="same shape"):
         check(torch.zeros(3), torch.zeros(4))
-    assert check(0.0, 0.0).kind == {core.oracle: "oracle", core.limit: "limit"}[check]
+    assert check(0.0, 0.0).kind == {claims.oracle: "oracle", claims.limit: "limit"}[check]
 
 
-@pytest.mark.parametrize("check", [core.within, core.experiment])
+@pytest.mark.parametrize("check", [claims.within, claims.experiment])
 def test_within(check):
     assert check(1.0, 1.0, 2.0).holds and check(2.0, 1.0, 2.0).holds and check(5.0, low=1.0).holds
     assert not check(0.99, 1.0, 2.0).holds and not check(2.01, 1.0, 2.0).holds
@@ -398,35 +402,35 @@ def test_within(check):
 
 def test_monte_carlo():
     x = torch.randn(10_000, 2, generator=torch.Generator().manual_seed(0))
-    assert core.monte_carlo(x, 0.0).holds and core.monte_carlo(x + torch.tensor([0.0, 3.0]), [0.0, 3.0]).holds
-    assert not core.monte_carlo(x + 0.1, 0.0).holds  # ten standard errors
-    assert not core.monte_carlo(x + torch.tensor([0.0, 0.1]), 0.0).holds
-    assert core.monte_carlo(x + 0.1, 0.0, k=20).holds
-    assert core.monte_carlo(torch.ones(100), 1.0).holds
-    assert not core.monte_carlo(torch.ones(100), 1.001).holds  # no variance, wrong mean
+    assert claims.monte_carlo(x, 0.0).holds and claims.monte_carlo(x + torch.tensor([0.0, 3.0]), [0.0, 3.0]).holds
+    assert not claims.monte_carlo(x + 0.1, 0.0).holds  # ten standard errors
+    assert not claims.monte_carlo(x + torch.tensor([0.0, 0.1]), 0.0).holds
+    assert claims.monte_carlo(x + 0.1, 0.0, k=20).holds
+    assert claims.monte_carlo(torch.ones(100), 1.0).holds
+    assert not claims.monte_carlo(torch.ones(100), 1.001).holds  # no variance, wrong mean
     for bad in (torch.cat([x, torch.full((1, 2), nan)]), torch.full((100,), inf)):
-        assert not core.monte_carlo(bad, 0.0).holds
-    assert not core.monte_carlo(x, nan).holds
+        assert not claims.monte_carlo(bad, 0.0).holds
+    assert not claims.monte_carlo(x, nan).holds
     with pytest.raises(ValueError, match="at least 100 samples"):
-        core.monte_carlo(x[:99], 0.0)
+        claims.monte_carlo(x[:99], 0.0)
     with pytest.raises(ValueError, match="shape of a sample"):
-        core.monte_carlo(x, torch.zeros(3))
+        claims.monte_carlo(x, torch.zeros(3))
 
 
 def test_symbolic():
     x = sympy.Symbol("x")
-    assert core.symbolic((x + 1) ** 2, x**2 + 2 * x + 1).holds and core.symbolic(x - x).holds
-    assert not core.symbolic((x + 1) ** 2, x**2 + 1).holds
-    assert not core.symbolic(sympy.sqrt(x**2), x).holds  # x may be negative
-    assert not core.symbolic(sympy.nan).holds
+    assert claims.symbolic((x + 1) ** 2, x**2 + 2 * x + 1).holds and claims.symbolic(x - x).holds
+    assert not claims.symbolic((x + 1) ** 2, x**2 + 1).holds
+    assert not claims.symbolic(sympy.sqrt(x**2), x).holds  # x may be negative
+    assert not claims.symbolic(sympy.nan).holds
 
 
 def test_claim(capsys):
-    good, bad = core.within(1.0, 0, 2), core.oracle(1.0, 2.0)
-    claim("X-1", good, core.oracle(1.0, 1.0), core.limit(1.0, 1.0), says="one is one")
+    good, bad = claims.within(1.0, 0, 2), claims.oracle(1.0, 2.0)
+    claim("X-1", good, claims.oracle(1.0, 1.0), claims.limit(1.0, 1.0), says="one is one")
     assert capsys.readouterr().out == "✓ X-1 one is one · oracle, limit\n"
     for evidence in ([bad], [good, bad], [bad, good]):
-        with pytest.raises(core.ClaimError, match=re.escape("X-1 (one is two) does not hold, oracle: ")):
+        with pytest.raises(claims.ClaimError, match=re.escape("X-1 (one is two) does not hold, oracle: ")):
             claim("X-1", *evidence, says="one is two")
     with pytest.raises(ValueError, match="nothing was given"):
         claim("X-1", says="anything")

@@ -4,10 +4,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffusion_nb.core import Noise, like, monte_carlo
-from diffusion_nb.data import GaussianMixture, random_mixture
-from diffusion_nb.denoiser import Clip, Denoiser, GMMDenoiser, Pred
-from diffusion_nb.forward import (
+from diffusion_nb.book.claims import monte_carlo
+from diffusion_nb.denoisers import Clip, Denoiser, Pred
+from diffusion_nb.forward import posterior_steps, q_sample
+from diffusion_nb.grids import logsnr_grid, quadratic_grid, time_grid
+from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
+from diffusion_nb.noise import Noise
+from diffusion_nb.samplers.linear import ddim, ddpm, invert, slerp
+from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
     EDMSchedule,
@@ -15,11 +19,8 @@ from diffusion_nb.forward import (
     VPSchedule,
     cosine_betas,
     linear_betas,
-    q_sample,
 )
-from diffusion_nb.posterior import posterior_steps
-from diffusion_nb.samplers.ddim import ddim, invert, logsnr_grid, quadratic_grid, slerp
-from diffusion_nb.samplers.ddpm import ddpm, time_grid
+from diffusion_nb.util.checks import like
 
 F64, T, S = torch.float64, 1000, 20
 NOISE = Noise(range(8), (2,), dtype=F64)

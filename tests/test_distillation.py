@@ -8,35 +8,23 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_nb import distillation
-from diffusion_nb.core import Noise, like
-from diffusion_nb.data import Pictures, random_mixture
-from diffusion_nb.denoiser import Clip, Denoiser, GMMDenoiser, NetDenoiser, Pred, predict_v
-from diffusion_nb.distillation import (
-    Told,
-    any_weight,
-    ddim_step,
-    distill,
-    distill_recipe,
-    distill_target,
-    distillation_loss,
-    guided_loss,
-    halvings,
-)
-from diffusion_nb.elbo import ones, truncated_snr
-from diffusion_nb.forward import (
-    CosineSchedule,
-    DDPMSchedule,
-    EDMSchedule,
-    VESchedule,
-    VPSchedule,
-    linear_betas,
-    q_sample,
-)
+from diffusion_nb.data import Pictures
+from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Pred, predict_v
+from diffusion_nb.forward import q_sample
 from diffusion_nb.guidance import CFG
+from diffusion_nb.losses.distillation import any_weight, ddim_step, distill_target, distillation_loss, guided_loss
+from diffusion_nb.losses.simple import ones, truncated_snr
+from diffusion_nb.mixtures import GMMDenoiser, random_mixture
+from diffusion_nb.nets.conditioning import Told
 from diffusion_nb.nets.unet import UNet
-from diffusion_nb.samplers.ddim import ddim
-from diffusion_nb.training import chain_times
+from diffusion_nb.noise import Noise
+from diffusion_nb.recipes import distillation as recipes
+from diffusion_nb.recipes.distillation import distill_recipe
+from diffusion_nb.samplers.linear import ddim
+from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
+from diffusion_nb.time_samplers import chain_times
+from diffusion_nb.training.distill import distill, halvings
+from diffusion_nb.util.checks import like
 
 F64 = torch.float64
 NOISE = Noise(range(8), (2,), dtype=F64)
@@ -250,7 +238,7 @@ def test_the_recipes_at_toy_size(name, channels, size, tmp_path, monkeypatch):
     teacher = {"cifar10": "cifar10-v"}.get(name, name)
     changes = {f"recipe.{teacher}": "width=8 mults=1,2 blocks=1 attention=1 steps=2 batch=4",
                f"distill.{name}": "n_from=4 n_to=2 steps=2 last=2 batch=4"}  # fmt: skip
-    monkeypatch.setattr(distillation, "data_set", lambda name: Toy)
+    monkeypatch.setattr(recipes, "data_set", lambda name: Toy)
     monkeypatch.setenv("DIFFUSION_NB_SET", ";".join(f"{section}.{item}" for section, items in changes.items() for item in items.split()))  # fmt: skip
     made, again = (distill_recipe(name, tmp_path, device="cpu", bf16=name == "cifar10") for _ in range(2))
     assert list(made) == [2] and same(made[2], again[2])

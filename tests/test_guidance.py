@@ -9,34 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from diffusion_nb.core import Noise
-from diffusion_nb.data import digits, random_mixture
-from diffusion_nb.denoiser import Clip, Denoiser, GMMDenoiser, NetDenoiser, Pred, predict_v
-from diffusion_nb.forward import (
-    CosineSchedule,
-    DDPMSchedule,
-    EDMSchedule,
-    VESchedule,
-    VPSchedule,
-    linear_betas,
-    q_sample,
-)
-from diffusion_nb.guidance import (
-    CFG,
-    AutoGuidance,
-    ClassifierGuidance,
-    NoisyClassifier,
-    Unlabelled,
-    classifier_loss,
-    few_times,
-    interval,
-    variety,
-)
+from diffusion_nb.data import digits
+from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Pred, predict_v
+from diffusion_nb.experiments.digits import variety
+from diffusion_nb.forward import q_sample
+from diffusion_nb.grids import few_times, time_grid
+from diffusion_nb.guidance import CFG, AutoGuidance, ClassifierGuidance, Unlabelled, interval
+from diffusion_nb.mixtures import GMMDenoiser, random_mixture
+from diffusion_nb.nets.classifier import NoisyClassifier, classifier_loss
 from diffusion_nb.nets.unet import UNet
-from diffusion_nb.samplers.ddim import ddim
-from diffusion_nb.samplers.ddpm import time_grid
-from diffusion_nb.samplers.solvers import dpmpp_2m
-from diffusion_nb.training import Trainer, warmup_cosine
+from diffusion_nb.noise import Noise
+from diffusion_nb.samplers.linear import ddim, dpmpp_2m
+from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
+from diffusion_nb.training.lr import warmup_cosine
+from diffusion_nb.training.trainer import Trainer
 
 F64 = torch.float64
 MIXTURE, ANY = random_mixture(3), 3

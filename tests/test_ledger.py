@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from diffusion_nb.cli import main
-from diffusion_nb.ledger import cites, gaps, ledger, parts
+from diffusion_nb.book.ledger import cites, gaps, ledger, parts
+from diffusion_nb.cli.main import main
 
 CLAIM = """[[claim]]
 id = "{}"

@@ -12,49 +12,29 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
 
-from diffusion_nb.core import Noise, like
-from diffusion_nb.data import random_mixture
-from diffusion_nb.denoiser import Denoiser, GMMDenoiser, NetDenoiser, Pred, predict_eps
-from diffusion_nb.elbo import (
+from diffusion_nb.denoisers import Denoiser, MeanDenoiser, NetDenoiser, Pred, predict_eps
+from diffusion_nb.forward import posterior_steps, q_posterior
+from diffusion_nb.grids import stop_early, time_grid
+from diffusion_nb.likelihood.bits import Bits, bits_per_dim, fitted
+from diffusion_nb.likelihood.lossy import Codec, decode, encode, even_times, pack, unpack, zipf
+from diffusion_nb.losses.bound import (
+    bound_loss,
+    discretised_log_prob,
     gaussian_kl,
     guess_kl,
-    large,
-    ones,
+    log_cdf,
     prior_kl,
-    small,
     step_kl,
-    truncated_snr,
     vlb_weight,
 )
-from diffusion_nb.forward import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
-from diffusion_nb.likelihood import (
-    Bits,
-    Codec,
-    bits_per_dim,
-    bound_loss,
-    decode,
-    discretised_log_prob,
-    encode,
-    even_times,
-    fitted,
-    log_cdf,
-    pack,
-    stop_early,
-    unpack,
-    zipf,
-)
-from diffusion_nb.metrics import (
-    MeanDenoiser,
-    MetricCard,
-    density_coverage,
-    inception_score,
-    load_cards,
-    precision_recall,
-    save_cards,
-    weights_hash,
-)
-from diffusion_nb.posterior import posterior_steps, q_posterior
-from diffusion_nb.samplers.ddpm import time_grid
+from diffusion_nb.losses.simple import ones, truncated_snr
+from diffusion_nb.metrics.cards import MetricCard, load_cards, save_cards, weights_hash
+from diffusion_nb.metrics.features import density_coverage, inception_score, precision_recall
+from diffusion_nb.mixtures import GMMDenoiser, random_mixture
+from diffusion_nb.noise import Noise
+from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
+from diffusion_nb.util.checks import like
+from diffusion_nb.variances import large, small
 
 settings.register_profile("book", derandomize=True, deadline=None, database=None, max_examples=100)
 settings.load_profile("book")

@@ -7,21 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_nb.core import Noise
-from diffusion_nb.data import random_mixture
-from diffusion_nb.denoiser import GMMDenoiser, Pred
-from diffusion_nb.elbo import large, small
-from diffusion_nb.forward import (
-    CosineSchedule,
-    DDPMSchedule,
-    EDMSchedule,
-    VESchedule,
-    VPSchedule,
-    linear_betas,
-    q_sample,
-)
-from diffusion_nb.likelihood import discretised_log_prob, stop_early
-from diffusion_nb.lossless import (
+from diffusion_nb.denoisers import Pred
+from diffusion_nb.forward import q_posterior, q_sample
+from diffusion_nb.grids import stop_early
+from diffusion_nb.likelihood.lossless import (
     FLOOR,
     WHOLE,
     Grid,
@@ -33,7 +22,11 @@ from diffusion_nb.lossless import (
     pop_pictures,
     push_pictures,
 )
-from diffusion_nb.posterior import q_posterior
+from diffusion_nb.losses.bound import discretised_log_prob
+from diffusion_nb.mixtures import GMMDenoiser, random_mixture
+from diffusion_nb.noise import Noise
+from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
+from diffusion_nb.variances import large, small
 
 settings.register_profile("book", derandomize=True, deadline=None, database=None, max_examples=100)
 settings.load_profile("book")

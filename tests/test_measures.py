@@ -2,9 +2,10 @@
 
 import torch
 
-from diffusion_nb.core import Noise
-from diffusion_nb.data import frechet_distance, nearest_distance, to_bytes
-from diffusion_nb.samplers.ddpm import energy_distance
+from diffusion_nb.metrics.features import frechet_distance, nearest_distance
+from diffusion_nb.metrics.samples import energy_distance
+from diffusion_nb.noise import Noise
+from diffusion_nb.util.images import to_bytes
 
 
 def test_bytes_come_back():

@@ -5,11 +5,12 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.schedulers import scheduling_ddpm
 
-from diffusion_nb.core import Noise, like
-from diffusion_nb.denoiser import Pred
-from diffusion_nb.forward import DDPMSchedule, cosine_betas, linear_betas, q_sample
+from diffusion_nb.denoisers import Pred
+from diffusion_nb.forward import posterior_steps, q_posterior, q_sample
 from diffusion_nb.nets.unet import UNet, parameters
-from diffusion_nb.posterior import posterior_steps, q_posterior
+from diffusion_nb.noise import Noise
+from diffusion_nb.schedules import DDPMSchedule, cosine_betas, linear_betas
+from diffusion_nb.util.checks import like
 
 T = 1000
 BETAS = {"linear": linear_betas(T), "squaredcos_cap_v2": cosine_betas(T)}

@@ -8,19 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from diffusion_nb.core import GAMMA, Noise
-from diffusion_nb.data import GaussianMixture, random_mixture
-from diffusion_nb.denoiser import (
-    Clip,
-    GMMDenoiser,
-    NetDenoiser,
-    Pred,
-    predict_eps,
-    predict_score,
-    predict_v,
-    predict_x0,
-)
-from diffusion_nb.forward import (
+from diffusion_nb.denoisers import Clip, NetDenoiser, Pred, predict_eps, predict_score, predict_v, predict_x0
+from diffusion_nb.forward import posterior_steps, q_posterior, transition
+from diffusion_nb.grids import time_grid
+from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
+from diffusion_nb.noise import GAMMA, Noise
+from diffusion_nb.samplers.linear import ddpm
+from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
     EDMSchedule,
@@ -28,10 +22,7 @@ from diffusion_nb.forward import (
     VPSchedule,
     cosine_betas,
     linear_betas,
-    transition,
 )
-from diffusion_nb.posterior import posterior_steps, q_posterior
-from diffusion_nb.samplers.ddpm import ddpm, time_grid
 
 settings.register_profile("book", derandomize=True, deadline=None, database=None, max_examples=100)
 settings.load_profile("book")

@@ -15,17 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_nb.core import load_tensors
+from diffusion_nb.util.storage import load_tensors
 
 HANGS = 1800  # seconds: what takes so long on any machine, hangs
 
 STEPS = 100
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-CLI = [sys.executable, "-m", "diffusion_nb.cli"]
+CLI = [sys.executable, "-m", "diffusion_nb"]
 
 
 def torchrun(processes):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "diffusion_nb.cli"]  # fmt: skip
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "diffusion_nb"]  # fmt: skip
 
 
 def accelerate(processes):
@@ -33,7 +33,7 @@ def accelerate(processes):
         s.bind(("localhost", 0))
         port = str(s.getsockname()[1])
     return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "diffusion_nb.cli"]  # fmt: skip
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "diffusion_nb"]  # fmt: skip
 
 
 def command(out, *more, by=CLI):

@@ -16,33 +16,32 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusion_nb import runs
-from diffusion_nb.core import save_tensors
-from diffusion_nb.denoiser import NetDenoiser, predict_v, predict_x0
-from diffusion_nb.forward import CosineSchedule, VESchedule
-from diffusion_nb.runs import (
-    Grids,
-    JsonLines,
+from diffusion_nb.denoisers import NetDenoiser, predict_v, predict_x0
+from diffusion_nb.schedules import CosineSchedule, VESchedule
+from diffusion_nb.training import hooks as training_hooks
+from diffusion_nb.training.ema import (
     PowerEMA,
-    Speed,
-    TensorBoard,
-    fixed_draws,
-    flops,
-    load_weights,
-    matrix_peak,
     power_decay,
     power_gamma,
     power_profile,
     profile_product,
-    read_rows,
-    read_weights,
     reconstruct,
     snapshot_weights,
     snapshots,
-    together,
+)
+from diffusion_nb.training.hooks import (
+    Grids,
+    JsonLines,
+    Speed,
+    TensorBoard,
+    fixed_draws,
+    read_rows,
     training_flops,
 )
-from diffusion_nb.training import Trainer
+from diffusion_nb.training.sharding import together
+from diffusion_nb.training.trainer import Trainer
+from diffusion_nb.util.profiling import flops, matrix_peak
+from diffusion_nb.util.storage import load_weights, read_weights, save_tensors
 
 HANGS = 1800  # seconds: what takes so long on any machine, hangs
 
@@ -224,7 +223,7 @@ def test_operations_are_counted():
 
 def test_the_peak_counts_multiplying_and_adding(monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr(runs.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(training_hooks.time, "perf_counter", lambda: float(next(clock)))
     assert matrix_peak("cpu", n=8) == 2 * 8**3
 
 
@@ -448,7 +447,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 JOINS = """
 import torch
-from diffusion_nb.runs import together
+from diffusion_nb.training.sharding import together
 with together() as team:
     total = torch.full((), 1.0 + team.rank)
     torch.distributed.all_reduce(total)

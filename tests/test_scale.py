@@ -21,20 +21,26 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusion_nb import scale
-from diffusion_nb.core import Noise
-from diffusion_nb.data import Pictures, to_bytes
-from diffusion_nb.denoiser import Clip, Denoiser, GMMDenoiser, NetDenoiser, Pred, predict_v
-from diffusion_nb.elbo import large, small
-from diffusion_nb.forward import CosineSchedule, DDPMSchedule, linear_betas
+from diffusion_nb.data import Pictures
+from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Pred, predict_v
+from diffusion_nb.generation import generate as generating
+from diffusion_nb.generation import record as records
+from diffusion_nb.generation.fast import Fast
+from diffusion_nb.generation.generate import generate
+from diffusion_nb.generation.record import identity
+from diffusion_nb.grids import time_grid
 from diffusion_nb.guidance import CFG, interval
+from diffusion_nb.mixtures import GMMDenoiser
 from diffusion_nb.nets.unet import UNet
-from diffusion_nb.runs import flops
-from diffusion_nb.samplers.ddim import ddim
-from diffusion_nb.samplers.ddpm import ddpm, time_grid
-from diffusion_nb.samplers.solvers import dpmpp_2m, dpmpp_2m_sde, heun
-from diffusion_nb.scale import Fast, HostSyncs, generate, identity, utilisation
-from diffusion_nb.training import recipe, recipe_trainer
+from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.diffusion import recipe, recipe_trainer
+from diffusion_nb.samplers.heun import heun
+from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde
+from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, linear_betas
+from diffusion_nb.util import profiling
+from diffusion_nb.util.images import to_bytes
+from diffusion_nb.util.profiling import HostSyncs, flops, utilisation
+from diffusion_nb.variances import large, small
 
 TS, SHAPE = time_grid(4), (1, 8, 8)
 
@@ -120,7 +126,7 @@ def test_a_backward_pass_is_two_forward_passes():
 
 
 def test_utilisation_is_work_by_time_by_peak(monkeypatch):
-    monkeypatch.setattr(scale, "seconds", lambda call: 0.5)
+    monkeypatch.setattr(generating, "seconds", lambda call: 0.5)
     layer, x = nn.Linear(10, 10), torch.zeros(5, 10)
     assert utilisation(lambda: layer(x), peak=4000) == pytest.approx(2 * 5 * 10 * 10 / 0.5 / 4000)
     assert utilisation(lambda: None, peak=4000, done=600) == pytest.approx(0.3)
@@ -128,7 +134,7 @@ def test_utilisation_is_work_by_time_by_peak(monkeypatch):
 
 def test_seconds_leaves_the_first_out():
     waits = iter([0.2, 0.0, 0.0])
-    assert scale.seconds(lambda: time.sleep(next(waits)), 2) < 0.1
+    assert profiling.seconds(lambda: time.sleep(next(waits)), 2) < 0.1
 
 
 # looks
@@ -273,7 +279,7 @@ def test_bf16_casts_weights_once_and_floating_conditions():
 
 
 def test_bf16_without_a_network_is_refused():
-    from diffusion_nb.data import random_mixture
+    from diffusion_nb.mixtures import random_mixture
 
     with pytest.raises(ValueError, match="GMMDenoiser holds no NetDenoiser"):
         Fast(GMMDenoiser(random_mixture(), CosineSchedule()), bf16=True)
@@ -348,7 +354,7 @@ def test_compiled_for_real():
 
 def test_the_chunk_is_found_once_and_kept(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(scale, "fitting_chunk", lambda *a: asked.append(a[-1]) or 3)
+    monkeypatch.setattr(generating, "fitting_chunk", lambda *a: asked.append(a[-1]) or 3)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "a.npz", Counted(tiny(), at=6), rank=0, world=2)
     make(tmp_path / "a.npz", rank=0, world=2), make(tmp_path / "a.npz", rank=1, world=2)
@@ -363,17 +369,17 @@ def test_on_a_gpu_the_chunk_is_tried_with_the_denoiser_that_is_not_compiled(monk
         if len(seeds) > 300:
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(scale, "draw", draw)
-    monkeypatch.setattr(scale, "device_of", lambda module: torch.device("cuda"))
+    monkeypatch.setattr(generating, "draw", draw)
+    monkeypatch.setattr(generating, "device_of", lambda module: torch.device("cuda"))
     monkeypatch.setattr(
         Fast, "__init__", lambda self, d: (Denoiser.__init__(self), setattr(self, "denoiser", d))[0]
     )
-    assert scale.fitting_chunk(Fast(tiny()), ddpm, time_grid(9), SHAPE, labels, 5000) == 256
+    assert generating.fitting_chunk(Fast(tiny()), ddpm, time_grid(9), SHAPE, labels, 5000) == 256
     assert tried == [(NetDenoiser, 3, n, n) for n in (1024, 512, 256)]
 
 
 def test_a_chunk_is_no_larger_than_asked():
-    assert [scale.fitting_chunk(tiny(), ddpm, TS, SHAPE, labels, most) for most in (7, 700)] == [7, 64]
+    assert [generating.fitting_chunk(tiny(), ddpm, TS, SHAPE, labels, most) for most in (7, 700)] == [7, 64]
 
 
 # the three forms
@@ -433,7 +439,7 @@ def test_latents_of_any_shape(tmp_path):
 
 
 def scale_mixture():
-    from diffusion_nb.data import random_mixture
+    from diffusion_nb.mixtures import random_mixture
 
     return random_mixture()
 
@@ -597,15 +603,15 @@ WAYS = [
 
 @pytest.mark.parametrize("one, same, other", WAYS, ids=range(len(WAYS)))
 def test_samplers_are_told_apart_by_what_they_hold(one, same, other):
-    assert scale.described(one) == scale.described(same) != scale.described(other)
-    assert " at 0x" not in scale.described(one)
+    assert records.described(one) == records.described(same) != records.described(other)
+    assert " at 0x" not in records.described(one)
 
 
 def test_a_record_is_the_same_in_another_process():
-    text = "from functools import partial; from diffusion_nb import scale, elbo; from diffusion_nb.samplers.ddpm import ddpm; "
-    text += "print(scale.described(partial(ddpm, var=elbo.small)))"
+    text = "from functools import partial; from diffusion_nb.generation.record import described; from diffusion_nb.samplers.linear import ddpm; from diffusion_nb.variances import small; "
+    text += "print(described(partial(ddpm, var=small)))"
     there = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout.strip()
-    assert there == scale.described(by(small)) == "ddpm ('var', small)"
+    assert there == records.described(by(small)) == "ddpm ('var', small)"
 
 
 @pytest.mark.parametrize("when", ["begun", "done"])
@@ -619,7 +625,7 @@ def test_replace_replaces_another_run_and_not_the_same(name, when, tmp_path):
     again = Counted(tiny(1))
     assert make(out, again, replace=True) and again._calls == 8  # … goes on with what is its own, …
     assert make(out, again, replace=True) and again._calls == 8  # … and is not done twice
-    assert scale.file_hash(out) == scale.file_hash(want)
+    assert records.file_hash(out) == records.file_hash(want)
     assert not list(tmp_path.glob("*.parts"))
 
 
@@ -683,7 +689,7 @@ def test_a_merge_that_was_killed_is_done_again(name, tmp_path, monkeypatch):
     "Killed after the result was put in place and before its record was."
     out = tmp_path / name
     with monkeypatch.context() as m:
-        m.setattr(scale, "file_hash", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(generating, "file_hash", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             make(out)
     (tmp_path / f"{name}.99.tmp").write_text("left over")
@@ -800,7 +806,7 @@ def work(log, out, pause, limit, rank, world, team):
 
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["diffusion_nb.scale", "diffusion_nb.guidance", "pytest", "PIL.Image"])
+SERVER.set_forkserver_preload(["diffusion_nb.generation.generate", "diffusion_nb.guidance", "pytest", "PIL.Image"])
 
 
 def start(out, pause=0.0, limit=0, rank=None, world=None, team=None):

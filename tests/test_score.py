@@ -6,26 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_nb.core import Noise, monte_carlo
-from diffusion_nb.data import GaussianMixture, random_mixture
-from diffusion_nb.denoiser import GMMDenoiser, NetDenoiser, denoising_loss
-from diffusion_nb.forward import (
+from diffusion_nb.book.claims import monte_carlo
+from diffusion_nb.denoisers import AsVE, NetDenoiser
+from diffusion_nb.grids import ladder, time_grid
+from diffusion_nb.losses.score import denoising_score_loss, explicit_score_loss, sliced_score_loss
+from diffusion_nb.losses.simple import denoising_loss
+from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
+from diffusion_nb.nets.mlp import ScoreMLP
+from diffusion_nb.noise import Noise
+from diffusion_nb.samplers.langevin import annealed_langevin, langevin, langevin_step
+from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
     EDMSchedule,
+    RelativeNoise,
     VESchedule,
     VPSchedule,
     linear_betas,
-)
-from diffusion_nb.samplers.ddpm import time_grid
-from diffusion_nb.samplers.langevin import annealed_langevin, ladder, langevin, langevin_step
-from diffusion_nb.score import (
-    AsVE,
-    RelativeNoise,
-    ScoreMLP,
-    denoising_score_loss,
-    explicit_score_loss,
-    sliced_score_loss,
 )
 
 SCHEDULES = [DDPMSchedule(linear_betas()), VPSchedule(), CosineSchedule(), VESchedule(), EDMSchedule()]

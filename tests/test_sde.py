@@ -6,24 +6,14 @@ import re
 import pytest
 import torch
 
-from diffusion_nb.core import Noise, monte_carlo, oracle
-from diffusion_nb.data import GaussianMixture, random_mixture
-from diffusion_nb.denoiser import Denoiser, GMMDenoiser, Pred
-from diffusion_nb.forward import (
-    CosineSchedule,
-    DDPMSchedule,
-    EDMSchedule,
-    VESchedule,
-    VPSchedule,
-    cosine_betas,
-    linear_betas,
-)
-from diffusion_nb.samplers.ddpm import time_grid
-from diffusion_nb.sde import (
+from diffusion_nb.book.claims import monte_carlo, oracle
+from diffusion_nb.denoisers import Denoiser, Pred
+from diffusion_nb.grids import time_grid
+from diffusion_nb.likelihood.flow import exact_divergence, hutchinson, log_likelihood
+from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
+from diffusion_nb.noise import Noise
+from diffusion_nb.samplers.sde import (
     euler_maruyama,
-    exact_divergence,
-    hutchinson,
-    log_likelihood,
     predictor_corrector,
     probability_flow,
     rates,
@@ -31,6 +21,15 @@ from diffusion_nb.sde import (
     reverse_sde,
     sigma_steps,
     velocity,
+)
+from diffusion_nb.schedules import (
+    CosineSchedule,
+    DDPMSchedule,
+    EDMSchedule,
+    VESchedule,
+    VPSchedule,
+    cosine_betas,
+    linear_betas,
 )
 
 SCHEDULES = {

@@ -7,13 +7,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, HeunDiscreteScheduler
 from diffusers.schedulers import scheduling_edm_euler
 
-from diffusion_nb.core import Noise
-from diffusion_nb.data import GaussianMixture, random_mixture
-from diffusion_nb.denoiser import Denoiser, GMMDenoiser, Pred
-from diffusion_nb.forward import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
-from diffusion_nb.samplers.ddim import time_at
-from diffusion_nb.samplers.ddpm import ddpm, energy_distance, time_grid, typicality
-from diffusion_nb.samplers.solvers import dpmpp_2m, dpmpp_2m_sde, edm_grid, heun, ode_steps
+from diffusion_nb.denoisers import Denoiser, Pred
+from diffusion_nb.grids import edm_grid, time_at, time_grid
+from diffusion_nb.metrics.samples import energy_distance, typicality
+from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
+from diffusion_nb.noise import Noise
+from diffusion_nb.samplers.heun import heun
+from diffusion_nb.samplers.linear import ddpm, dpmpp_2m, dpmpp_2m_sde, ode_steps
+from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
 
 F64 = torch.float64
 CHAIN = DDPMSchedule(linear_betas(1000))

@@ -11,19 +11,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusion_nb.core import Noise, load_tensors
-from diffusion_nb.denoiser import NetDenoiser, denoising_loss
-from diffusion_nb.forward import CosineSchedule
-from diffusion_nb.training import (
-    TARGETS,
-    Trainer,
-    as_bytes,
-    continuous_times,
-    flip_half,
-    largest_that_fits,
-    warmup_constant,
-    warmup_cosine,
-)
+from diffusion_nb.denoisers import NetDenoiser
+from diffusion_nb.losses.simple import denoising_loss
+from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.diffusion import TARGETS
+from diffusion_nb.schedules import CosineSchedule
+from diffusion_nb.time_samplers import continuous_times
+from diffusion_nb.training.lr import warmup_constant, warmup_cosine
+from diffusion_nb.training.trainer import Trainer, flip_half
+from diffusion_nb.util.images import as_bytes
+from diffusion_nb.util.profiling import largest_that_fits
+from diffusion_nb.util.storage import load_tensors
 
 N = 50
 PICTURES = torch.arange(N).reshape(N, 1, 1, 1).expand(N, 1, 2, 2) / N
@@ -420,7 +418,7 @@ def test_a_disk_that_fills_up_costs_no_step(tmp_path, monkeypatch):
             raise SafetensorError("No space left on device (os error 28)")
         save_file(*args, **options)
 
-    monkeypatch.setattr("diffusion_nb.core.save_file", full)
+    monkeypatch.setattr("diffusion_nb.util.storage.save_file", full)
     run = trainer(checkpoint=file, every=4)
     with pytest.warns(
         UserWarning,

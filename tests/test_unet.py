@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion_nb.core import Noise
 from diffusion_nb.nets.unet import Attention, ResBlock
+from diffusion_nb.noise import Noise
 
 X, EMB = Noise(range(2), (8, 4, 4))(0), Noise(range(2), (16,))(1)
 

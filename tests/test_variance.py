@@ -11,26 +11,21 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_nb.core import Noise, like
-from diffusion_nb.data import ring_mixture
-from diffusion_nb.denoiser import GMMDenoiser, NetDenoiser, Pred, denoising_loss, predict_v
-from diffusion_nb.elbo import large, small
-from diffusion_nb.forward import CosineSchedule, DDPMSchedule, cosine_betas, linear_betas, q_sample
-from diffusion_nb.likelihood import bits_per_dim, bound_loss, guess_bound
+from diffusion_nb.denoisers import NetDenoiser, Pred, predict_v
+from diffusion_nb.experiments.variance import WAYS, bits_card, bounds_denoiser, fixed_steps
+from diffusion_nb.forward import Step, posterior_steps, q_posterior, q_sample
+from diffusion_nb.grids import time_grid
+from diffusion_nb.likelihood.bits import bits_per_dim
+from diffusion_nb.losses.bound import bound_loss, guess_bound, hybrid_loss
+from diffusion_nb.losses.simple import denoising_loss
+from diffusion_nb.mixtures import GMMDenoiser, ring_mixture
 from diffusion_nb.nets.unet import UNet
-from diffusion_nb.posterior import Step, posterior_steps, q_posterior
-from diffusion_nb.samplers.ddpm import time_grid
-from diffusion_nb.training import Trainer, chain_times
-from diffusion_nb.variance import (
-    WAYS,
-    LossHistory,
-    bits_card,
-    bounds_denoiser,
-    fixed_steps,
-    hybrid_loss,
-    learned,
-    weighted,
-)
+from diffusion_nb.noise import Noise
+from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, cosine_betas, linear_betas
+from diffusion_nb.time_samplers import LossHistory, chain_times, weighted
+from diffusion_nb.training.trainer import Trainer
+from diffusion_nb.util.checks import like
+from diffusion_nb.variances import large, learned, small
 
 F64 = torch.float64
 BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}

@@ -9,29 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from diffusion_nb.core import Noise
-from diffusion_nb.data import Pictures, random_mixture
-from diffusion_nb.denoiser import Denoiser, GMMDenoiser, NetDenoiser, Pred, denoising_loss, predict_x0
-from diffusion_nb.elbo import prior_kl, vlb_weight
-from diffusion_nb.forward import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
-from diffusion_nb.vdm import (
-    FourierFeatures,
+from diffusion_nb.data import Pictures
+from diffusion_nb.denoisers import Denoiser, Joint, NetDenoiser, Pred, Warped, predict_x0
+from diffusion_nb.likelihood.continuous import vdm_bits
+from diffusion_nb.losses.bound import prior_kl, vlb_weight
+from diffusion_nb.losses.simple import denoising_loss
+from diffusion_nb.losses.vdm import decoder_nll, vdm_loss, vdm_weight
+from diffusion_nb.mixtures import GMMDenoiser, random_mixture
+from diffusion_nb.nets.conditioning import FourierFeatures, TellGamma
+from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.vdm import vdm_denoiser, vdm_recipe, vdm_trainer
+from diffusion_nb.schedules import (
+    CosineSchedule,
+    DDPMSchedule,
+    EDMSchedule,
     From,
-    Joint,
     LearnedSchedule,
     LinearGamma,
     MonotoneNet,
-    TellGamma,
+    VESchedule,
+    VPSchedule,
     Warp,
-    Warped,
-    decoder_nll,
-    gamma_rate,  # fmt: skip
-    vdm_bits,
-    vdm_denoiser,
-    vdm_loss,
-    vdm_recipe,
-    vdm_trainer,
-    vdm_weight,
+    gamma_rate,
+    linear_betas,
 )
 
 F64 = torch.float64

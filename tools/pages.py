@@ -19,7 +19,7 @@ import nbformat
 from docutils.nodes import make_id
 from readme import readable
 
-from diffusion_nb.ledger import Ledger, cells_of, cites, errata_in, ledger
+from diffusion_nb.book.ledger import Ledger, cells_of, cites, errata_in, ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -164,7 +164,7 @@ def library(root: Path) -> dict[str, tuple[str, str]]:
     for path in (root / "diffusion_nb").rglob("[!_]*.py"):
         name = ".".join(path.relative_to(root / "diffusion_nb").with_suffix("").parts)
         source = path.read_text()
-        if made := re.search(r"(\w+)\.ipynb", source.partition("\n")[0]):
+        if made := re.search(r"^# %% \S*/(\w+)\.ipynb ", source, re.MULTILINE):
             found[name] = made[1], source
     return dict(sorted(found.items(), key=lambda item: item[1]))
 

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
-from diffusion_nb.core import write_atomically
+from diffusion_nb.util.storage import write_atomically
 
 MEMORY = 2 * 2**30  # bytes that a notebook may need: the largest takes about half
 

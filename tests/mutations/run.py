@@ -28,11 +28,10 @@ MISSPELT = {"SyntaxError", "IndentationError", "ImportError", "ModuleNotFoundErr
             "AttributeError"}  # fmt: skip
 
 
-def notebook_of(module: Path) -> Path | None:
-    "The notebook that exports a module, as its first line says; None for one that is written by hand."
-    first = module.read_text().splitlines()[0]
-    exported = "File to edit: " in first
-    return (module.parent / first.rpartition("File to edit: ")[2].rstrip(".")).resolve() if exported else None
+def notebooks_of(module: Path) -> list[Path]:
+    "The notebooks that export into a module, as it says above each cell; none for one that is written by hand."
+    found = re.findall(r"^# %% (\S+\.ipynb) ", module.read_text(), re.MULTILINE)
+    return [(module.parent / name).resolve() for name in dict.fromkeys(found)]
 
 
 def replaced(text: str, m: dict, where: Path) -> str:
@@ -47,14 +46,15 @@ def replaced(text: str, m: dict, where: Path) -> str:
 def mutants(m: dict, root: Path) -> dict[Path, str]:
     "The module with the bug, and the notebook that exports it, if one does."
     module = root / m["file"]
-    if not (path := notebook_of(module)):
-        return {module: replaced(module.read_text(), m, module)}
-    notebook = json.loads(path.read_text())
-    cells = [c for c in notebook["cells"] if "".join(c["source"]).startswith("#| export")]
-    parted = "\0".join("".join(c["source"]) for c in cells)
-    for cell, source in zip(cells, replaced(parted, m, path).split("\0"), strict=True):
-        cell["source"] = source
-    return {module: replaced(module.read_text(), m, module), path: json.dumps(notebook)}
+    changed = {module: replaced(module.read_text(), m, module)}
+    for path in notebooks_of(module):
+        notebook = json.loads(path.read_text())
+        for cell in notebook["cells"]:
+            source = "".join(cell["source"])
+            if source.startswith("#| export") and m["old"] in source:
+                cell["source"] = source.replace(m["old"], m["new"])
+                changed[path] = json.dumps(notebook)
+    return changed
 
 
 def copy(root: Path) -> Path:
@@ -65,7 +65,9 @@ def copy(root: Path) -> Path:
         else:
             shutil.copy(ROOT / part, root / part)
     (root / "data").touch()  # a file, where artifacts want a folder
-    look = f"import diffusion_nb.core\nassert diffusion_nb.core.__file__ == {str(root / 'diffusion_nb/core.py')!r}"
+    look = (
+        f"import diffusion_nb.noise\nassert diffusion_nb.noise.__file__ == {str(root / 'diffusion_nb/noise.py')!r}"
+    )
     (root / "tests/test_copy.py").write_text("def test_copy():\n    " + look.replace("\n", "\n    "))
     cell = dict(cell_type="code", id="look", metadata={}, outputs=[], execution_count=1, source=look)
     (root / "nbs/copy.ipynb").write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))

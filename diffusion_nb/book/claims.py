@@ -1,0 +1,116 @@
+"""Claims: evidence that is checked where it is printed."""
+
+import json
+import math
+import os
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing import NamedTuple
+
+
+class Evidence(NamedTuple):
+    "What a check found: its kind, whether it holds, the numbers behind that; and the number that decides, with the range it must lie in."
+
+    kind: str
+    holds: bool
+    detail: str
+    got: float = math.nan
+    low: float = -math.inf
+    high: float = math.inf
+
+
+class ClaimError(AssertionError):
+    "A statement of the book that does not hold."
+
+
+def symbolic(lhs, rhs=0) -> Evidence:
+    "SymPy proves lhs = rhs."
+    import sympy
+
+    residual = sympy.simplify(lhs - rhs)
+    return Evidence("symbolic", residual == 0, f"lhs - rhs = {residual}")
+
+
+def oracle(got, want, tol: float = 1e-9) -> Evidence:
+    "Code agrees with a closed form: |got - want| ≤ tol (1 + |want|) everywhere. Not-a-numbers fail."
+    got, want = (torch.as_tensor(v, dtype=torch.float64) for v in (got, want))
+    if want.ndim and got.shape != want.shape:
+        raise ValueError(
+            f"expected two of the same shape, or one number to compare with; got {tuple(got.shape)} and {tuple(want.shape)}"
+        )
+    worst = ((got - want).abs() / (1 + want.abs())).amax().item()
+    return Evidence(
+        "oracle", worst <= tol, f"largest relative difference {worst:.2g}, allowed {tol:.2g}", worst, high=tol
+    )
+
+
+def within(got: float, low: float = -math.inf, high: float = math.inf) -> Evidence:
+    "A number computed from closed forms lies in [low, high]."
+    said = f"got {got:.6g}, claimed in [{low:.6g}, {high:.6g}]"
+    return Evidence("oracle", bool(low <= got <= high), said, float(got), float(low), float(high))
+
+
+def statistic(got: float, low: float = -math.inf, high: float = math.inf) -> Evidence:
+    "A statistic of random samples lies in [low, high], a range that a correct program leaves almost never."
+    return within(got, low, high)._replace(kind="Monte Carlo")
+
+
+def limit(got, want, tol: float = 1e-9) -> Evidence:
+    "Two implementations that must coincide, do, in the sense of `oracle`."
+    return oracle(got, want, tol)._replace(kind="limit")
+
+
+def monte_carlo(samples: Float[Tensor, "n *d"], want, k: float = 5) -> Evidence:
+    "The mean over the first axis is within k standard errors of `want`, in every entry. k = 5 errs once in 1.7 million."
+    samples = samples.double()
+    n = len(samples)
+    if n < 100:
+        raise ValueError(f"monte_carlo: expected at least 100 samples for a standard error, got {n}")
+    want = torch.as_tensor(want, dtype=torch.float64)
+    if want.ndim and want.shape != samples.shape[1:]:
+        raise ValueError(
+            f"want: expected one number, or the shape of a sample, {tuple(samples.shape[1:])}; got {tuple(want.shape)}"
+        )
+    error = (samples.mean(0) - want).abs()
+    z = (error / (samples.std(0) / n**0.5).clamp_min(1e-300)).amax().item()
+    return Evidence(
+        "Monte Carlo", z <= k, f"{z:.2f} standard errors from the claimed mean, n = {n}, allowed {k:g}", z, high=k
+    )
+
+
+def experiment(got: float, low: float = -math.inf, high: float = math.inf) -> Evidence:
+    "A number measured on trained networks or real data lies in [low, high]."
+    return within(got, low, high)._replace(kind="experiment")
+
+
+def claim(id: str, *evidence: Evidence, says: str) -> None:
+    """State row `id` of claims.toml: prints one line if all the evidence holds, raises ClaimError otherwise.
+
+    The line holds no number that could differ between machines, so a stored output can be compared with a fresh one.
+    By how much the evidence holds goes to the file that DIFFUSION_NB_MARGINS names, if it is set: a JSON line each.
+    """
+    if not evidence:
+        raise ValueError(f"claim {id}: nothing was given that could show it")
+    if file := os.environ.get("DIFFUSION_NB_MARGINS"):
+        numbers = [
+            dict(id=id, kind=e.kind, got=e.got, low=e.low, high=e.high) for e in evidence if e.kind != "symbolic"
+        ]
+        with open(file, "a") as f:
+            f.write("".join(json.dumps(row) + "\n" for row in numbers))
+    for e in evidence:
+        if not e.holds:
+            raise ClaimError(f"{id} ({says}) does not hold, {e.kind}: {e.detail}")
+    print(f"✓ {id} {says} · {', '.join(dict.fromkeys(e.kind for e in evidence))}")
+
+
+def erratum(id: str, *, printed: Evidence, right: Evidence, where: str, prints: str, holds: str) -> None:
+    """A source misprints row `id` of claims.toml: one line if the printed form fails its check and the right one passes.
+
+    Raises ClaimError where the printed form holds after all, and where the right one does not.
+    """
+    if printed.holds:
+        raise ClaimError(f"{id} is no erratum, {where} is right, {printed.kind}: {printed.detail}")
+    if not right.holds:
+        raise ClaimError(f"{id} ({holds}) does not hold, {right.kind}: {right.detail}")
+    print(f"✗→✓ {id} {where}: not {prints}, but {holds} · {', '.join(dict.fromkeys((printed.kind, right.kind)))}")

@@ -1,0 +1,86 @@
+"""Commands about the book: run, ledger, data, artifacts."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from diffusion_nb.experiments.catalogue import artifact_makers
+
+
+def run(args) -> int:
+    from diffusion_nb.book.run import Record, chosen, how_many, run_book, state_of
+    from diffusion_nb.util.storage import project_root
+
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f"--jobs: expected at least 1 notebook at a time, got {args.jobs}")
+    root, start = project_root(), time.perf_counter()
+    os.environ["DIFFUSION_NB_PROFILE"] = args.profile or os.environ.get("DIFFUSION_NB_PROFILE", "cpu")
+    book, out = chosen([], root / "nbs"), Path(args.out or root / "_book")
+    record = Record(out, book, state_of(root))
+    paths = chosen(args.notebooks, root / "nbs") if args.notebooks else book if args.fresh else record.left()
+    if len(paths) < len(book) and not args.notebooks:
+        print(f"{len(book) - len(paths)} of {len(book)} notebooks ran already; --fresh runs them again")
+    print(f"as they are finished, the pages are linked in {out / 'index.html'}", flush=True)
+    problems = run_book(paths, record, args.jobs or how_many())
+    failed = [name for name, problem in problems.items() if problem]
+    print(", ".join(f"{p.stem} {record.seconds[p.stem]:.0f} s" for p in paths))
+    print(
+        f"{len(paths) - len(failed)} of {len(paths)} notebooks ran well in {(time.perf_counter() - start) / 60:.0f} min"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
+    print(f"open {out / 'index.html'}")
+    return 1 if failed else 0
+
+
+def data(args) -> int:
+    from diffusion_nb.data import DATA_SETS, data_set
+
+    for d in [data_set(name) for name in args.names]:
+        x = d.load()
+        print(f"{d.name}: {len(x.x):,} + {len(x.x_test):,} pictures of {'×'.join(map(str, d.shape))}, {d.state()}")
+    if not args.names:
+        print(f"{'name':14} {'pictures':16} {'size':8} {'state':10} {'licence':14} from")
+        for d in DATA_SETS:
+            pictures, size = f"{d.sizes[0]:,} + {d.sizes[1]:,}", "×".join(map(str, d.shape))
+            print(f"{d.name:14} {pictures:16} {size:8} {d.state():10} {d.licence:14} {d.provenance}")
+        print("fetch or verify: diffusion-nb data NAME ...")
+    return 0
+
+
+def artifacts(args) -> int:
+    "Train every artifact from nothing; metrics beside those on the old cards."
+    import torch
+
+    from diffusion_nb.experiments.artifacts import artifact
+    from diffusion_nb.util.storage import project_root
+    from diffusion_nb.data import data_set
+
+    torch.set_num_threads(1)  # sums in one order: the same weights every time on one machine
+    for name, (make, r) in artifact_makers().items():
+        source = r.get("data", "digits")
+        if data_set(source).state() not in ("built in", "verified"):
+            print(f"{name}: left as it is, for {source} is not here (diffusion-nb data {source} fetches it)")
+            continue
+        path = project_root() / "data" / "artifacts" / f"{name}.json"
+        old = json.loads(path.read_text())["metrics"] if path.exists() else {}
+        _, card = artifact(name, make, r, fresh=True)
+        print(f"{name}: {card['seconds']} s")
+        for metric, value in card["metrics"].items():
+            print(f"  {metric:36} {value}   was {old.get(metric)}")
+    return 0
+
+
+def ledger(args) -> int:
+    "Also names, and fails for, what is shown less well than claims.toml asks for."
+    from diffusion_nb.util.storage import write_atomically
+    from diffusion_nb.book.ledger import gaps, ledger
+
+    table, missing = ledger().markdown(), gaps()
+    if args.out:
+        write_atomically(Path(args.out), lambda p: p.write_text(table))
+        print(f"wrote {args.out}")
+    else:
+        print(table, end="")
+    print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
+    return 1 if missing else 0

@@ -1,0 +1,138 @@
+"""Commands that use a model: sample, bits."""
+
+import time
+from functools import partial
+from pathlib import Path
+from diffusion_nb.cli.book import data, run
+from diffusion_nb.cli.models import device_name, load_model, write_json
+
+
+def sample(args) -> int:
+    from diffusion_nb.training.sharding import together
+
+    with together(cpu=args.device == "cpu") as team:
+        return sample_together(args, team)
+
+
+def sample_together(args, team) -> int:
+    "One of the processes that draw; there may be one only."
+    import torch
+
+    from diffusion_nb.denoisers import Clip
+    from diffusion_nb.variances import large, small
+    from diffusion_nb.guidance import CFG
+    from diffusion_nb.grids import logsnr_grid, time_at
+    from diffusion_nb.samplers.linear import ddim
+    from diffusion_nb.grids import time_grid
+    from diffusion_nb.samplers.linear import ddpm
+    from diffusion_nb.samplers.linear import dpmpp_2m
+    from diffusion_nb.generation.fast import Fast
+    from diffusion_nb.generation.generate import generate
+
+    device = torch.device(args.device) if args.device else team.device
+    model, r, shape = load_model(args.model)
+    classes = r["classes"]
+    if args.label is not None and not 0 <= args.label < classes:
+        raise ValueError(
+            f"--label: this model knows the labels 0 to {classes - 1}"
+            if classes
+            else "--label: this model knows no labels"
+        )
+    if args.guidance and not classes:
+        raise ValueError("--guidance: this model knows no labels to be guided to")
+    if args.n < 1 or args.batch < 0 or args.steps < 1:
+        raise ValueError(
+            "--n and --steps: expected numbers of at least 1; --batch: of at least 1, or 0 for what fits"
+        )
+    start, ts = time.perf_counter(), time_grid(args.steps)
+    run = {
+        "ddpm": partial(ddpm, var={"small": small, "large": large}[args.variance]),
+        "ddim": ddim,
+        "dpmpp_2m": dpmpp_2m,
+    }[args.sampler]
+    if args.sampler == "dpmpp_2m":  # the grid of notebook 12: even log SNR from -6 to 2, then the guess
+        ts = logsnr_grid(model.schedule, args.steps, *time_at(model.schedule, [2.0, -6.0]).tolist())
+    model = Clip(CFG(model, args.guidance, classes) if args.guidance else model).to(device)
+    labels = torch.arange(args.n) % (classes or 1) if args.label is None else torch.full((args.n,), args.label)
+    out = Path(args.out or "runs/samples")
+    file = out / {"png": "pictures"}.get(args.format, f"samples.{args.format}")
+    generate(file, Fast(model, bf16=args.bf16), run, ts, args.n, shape, cond={"y": labels} if classes else None,
+             first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
+    if team.rank == 0:
+        write_grid(file, out / "grid.png")
+        about = {k: v for k, v in vars(args).items() if k != "command"} | dict(seconds=round(time.perf_counter() - start, 1),
+                 device=device_name(device), processes=team.world, torch=torch.__version__, recipe=r)  # fmt: skip
+        write_json(out / "run.json", about)
+        print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json")
+    return 0
+
+
+def write_grid(file: Path, path: Path, most: int = 400) -> None:
+    "The first pictures of what `generate` wrote, in a grid."
+    import numpy as np
+    import torch
+    from PIL import Image
+    from safetensors import safe_open
+
+    from diffusion_nb.util.storage import write_atomically
+    from diffusion_nb.util.images import picture_grid
+
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as f:
+            x = f.get_slice("pictures")[:most]
+    else:
+        bytes = np.load(file)["arr_0"][:most] if file.suffix else np.stack(
+            [np.atleast_3d(np.asarray(Image.open(p))) for p in sorted(file.glob("*.png"))[:most]])  # fmt: skip
+        x = torch.from_numpy(bytes).permute(0, 3, 1, 2) / 127.5 - 1
+    scale = max(1, 64 // x.shape[2])
+    grid = picture_grid(x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)).squeeze(-1).numpy()
+    write_atomically(path, lambda p: Image.fromarray(grid).save(p, "PNG"))
+
+
+def bits(args) -> int:
+    import torch
+
+    from diffusion_nb.util.checks import default_device
+    from diffusion_nb.data import data_set
+    from diffusion_nb.denoisers import Clip
+    from diffusion_nb.variances import large, small
+    from diffusion_nb.grids import stop_early
+    from diffusion_nb.likelihood.bits import bits_per_dim, fitted
+    from diffusion_nb.denoisers import Warped
+    from diffusion_nb.likelihood.continuous import vdm_bits
+
+    if args.n < 2 or args.batch < 1 or args.steps < 2 or not 0 <= args.end < 1:
+        raise ValueError("expected --n and --steps of at least 2, --batch of at least 1, --end from 0 to below 1")
+    device = torch.device(args.device) if args.device else default_device()
+    model, r, _ = load_model(args.model)
+    model, data, start = Clip(model).to(device), data_set(r["data"]), time.perf_counter()
+    pictures = data.load()
+
+    def measure(bound, x, y, *ts, **options):
+        x, y, count = x[: args.n].to(device), y[: args.n].to(device), min(args.n, len(x))
+        print(f"{count} pictures, {args.steps} steps each")
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            return bound(model, x, *ts, levels=data.levels, batch=args.batch, **options, **({"y": y} if r["classes"] else {}))  # fmt: skip
+
+    if isinstance(model.denoiser, Warped):  # a learned schedule: the bound of infinitely many steps
+        result = measure(vdm_bits, pictures.x_test, pictures.y_test, times=args.steps)
+        parts = dict(prior=result.prior.mean(), diffusion=result.diffusion.mean(), decoder=result.decoder.mean())
+    else:
+        ts, var = (
+            stop_early(args.steps, args.end),
+            {"var": {"small": small, "large": large}.get(args.variance, large)},
+        )
+        if args.variance == "fitted":
+            best = fitted(measure(bits_per_dim, pictures.x, pictures.y, ts, **var))
+            var = {"var": best, "decoder_var": best}
+        result = measure(bits_per_dim, pictures.x_test, pictures.y_test, ts, **var)
+        parts = dict(prior=result.prior.mean(), steps_cost=result.steps.sum(1).mean(), decoder=result.decoder.mean(),
+                     rmse_of_255=127.5 * result.mse[:, -1].mean().sqrt())  # fmt: skip
+    about = {k: v for k, v in vars(args).items() if k != "command"} | dict(
+        bits_per_dim=result.total.mean().item(), two_standard_errors=2 * result.total.std().item() / len(result.total) ** 0.5,
+        **{name: part.item() for name, part in parts.items()}, pictures=len(result.total), held_out_of=data.name,
+        levels=data.levels, seconds=round(time.perf_counter() - start, 1), device=device_name(device), torch=torch.__version__, recipe=r)  # fmt: skip
+    out = Path(args.out or (Path(args.model) / "bits.json" if args.model != "digits" else "runs/bits.json"))
+    write_json(out, about)
+    print(f"{result}\nwrote {out}")
+    return 0

@@ -1,0 +1,1 @@
+"""The experiments whose tables the book prints; no part of the library."""

@@ -1,0 +1,1 @@
+"""Many samples into files, in pieces, by any number of processes."""

@@ -1,0 +1,71 @@
+"""Denoisers that run compiled and in bfloat16."""
+
+import copy
+import torch
+from itertools import chain
+from jaxtyping import Float
+from torch import Tensor, nn
+from diffusion_nb.denoisers import Denoiser, NetDenoiser, Pred
+
+
+def device_of(module: nn.Module) -> torch.device:
+    "Where the module's numbers are; the CPU if it has none."
+    return next((v.device for v in chain(module.parameters(), module.buffers())), torch.device("cpu"))
+
+
+class InDtype(nn.Module):
+    "A network whose weights and inputs are cast to `dtype`; times and integers are left as they are."
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.net, self.dtype = net.to(dtype), dtype
+
+    def forward(self, x: Float[Tensor, "b *d"], t: Float[Tensor, " b"], **cond):
+        cast = {
+            k: v.to(self.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in cond.items()
+        }
+        return self.net(x.to(self.dtype), t, **cast)
+
+
+class Fast(Denoiser):
+    """The guesses of `denoiser`, faster: from a copy, in eval mode and without gradients. Use it where many guesses of one shape are needed.
+
+    Parameters
+    ----------
+    bf16: the networks in bfloat16, cast once; everything around them stays as it is. compile: the whole call, on a GPU with CUDA graphs;
+    by default on a GPU only. A new shape is compiled anew. options: for `torch.compile`, such as backend or mode.
+    The guesses own their memory: the next call does not change them. Raises ValueError where bf16 finds no network.
+    """
+
+    def __init__(self, denoiser: Denoiser, bf16: bool = False, compile: bool | None = None, **options):
+        super().__init__()
+        self.denoiser = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        self.schedule, self.on_gpu = self.denoiser.schedule, device_of(denoiser).type == "cuda"
+        nets = [m for m in self.denoiser.modules() if isinstance(m, NetDenoiser)] if bf16 else []
+        if bf16 and not nets:
+            raise ValueError(
+                f"bf16: {type(denoiser).__name__} holds no NetDenoiser, whose network could be in bfloat16"
+            )
+        for m in nets:
+            m.net = InDtype(m.net, torch.bfloat16)
+        if self.on_gpu:
+            self.denoiser.to(memory_format=torch.channels_last)
+        self.compiled, self._call = self.on_gpu if compile is None else compile, self._guess
+        if self.compiled:
+            graphs = {"mode": "reduce-overhead"} if self.on_gpu else {}
+            self._call = torch.compile(self._guess, dynamic=False, **graphs | options)
+
+    def _guess(self, x_t, t, **cond):
+        _, *rest = self.denoiser(x_t, t, **cond)
+        return rest
+
+    @torch.no_grad()
+    def forward(self, x_t, t, **cond):
+        x = x_t
+        if self.on_gpu:
+            torch.compiler.cudagraph_mark_step_begin()
+            x = x_t.contiguous(memory_format=torch.channels_last) if x_t.ndim == 4 else x_t
+        rest = self._call(x, t, **cond)
+        if self.compiled:
+            rest = [None if v is None else v.clone() for v in rest]
+        return Pred(x_t, *rest)

@@ -1,0 +1,1 @@
+"""Settings by name, and what they describe."""

@@ -1,0 +1,69 @@
+"""Checkpoint files, their checksums and their fallbacks."""
+
+import os
+import shutil
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from torch import Tensor
+from diffusion_nb.util.storage import load_tensors, save_tensors, write_atomically
+
+
+class Checkpoints:
+    """The `keep` last states of a run: the newest in the file `path`, those before it in `path`.1, `path`.2, …
+
+    Each is written whole or not at all, with a checksum; `load` passes over one that is damaged.
+    """
+
+    def __init__(self, path: Path | str, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep: expected at least 1 checkpoint to keep, got {keep}")
+        self.path, self.damaged = Path(path), []
+        self.files = [self.path.with_name(self.path.name + (f".{i}" if i else "")) for i in range(keep)]
+
+    def exist(self) -> bool:
+        return any(p.exists() for p in self.files)
+
+    def save(self, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+        "Raises OSError where it cannot be written; those before are as they were."
+        draft = self.path.with_name(self.path.name + ".new")
+        for rest in self.path.parent.glob(f"{draft.name}.*.tmp"):  # of a process that was killed as it wrote
+            rest.unlink()
+        save_tensors(draft, tensors, about)
+        for path in self.damaged:
+            path.unlink(missing_ok=True)
+        for newer, older in reversed(list(pairwise(self.files))):
+            if newer.exists():
+                os.replace(newer, older)
+        os.replace(draft, self.path)
+        self.damaged = []
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        "The newest that is whole; a warning names the damaged ones. Raises ValueError where none is whole."
+        problems = []
+        for path in (p for p in self.files if p.exists()):
+            try:
+                found = load_tensors(path)
+            except ValueError as e:
+                problems.append(str(e))
+                self.damaged.append(path)
+                continue
+            if problems:
+                warnings.warn(f"{'; '.join(problems)}; going on from {path.name}", stacklevel=4)
+            return found
+        raise ValueError(f"{'; '.join(problems)}; delete it to start again")
+
+    def check_room(self, size: int) -> None:
+        "Raise OSError now rather than in an hour, if checkpoints of `size` bytes cannot be written."
+        folder, probe = self.path.parent, self.path.with_name(f"{self.path.name}.try")
+        try:
+            write_atomically(probe, Path.touch)
+            probe.unlink(missing_ok=True)
+        except OSError as e:
+            raise OSError(
+                f"{folder}: no checkpoint can be written there ({e.strerror}); name another folder"
+            ) from e
+        number, free = len(self.files) + 1 - sum(p.exists() for p in self.files), shutil.disk_usage(folder).free
+        if free < number * size:
+            raise OSError(f"{folder}: there must be room for {number} checkpoints of {size / 2**20:.1f} MiB, but only "
+                          f"{free / 2**20:.1f} MiB are free; make room, or name another folder")  # fmt: skip

@@ -1,0 +1,19 @@
+"""Learning rates as functions of the step."""
+
+import math
+from collections.abc import Callable
+
+
+def warmup_cosine(peak: float, warmup: int, steps: int) -> Callable[[int], float]:
+    "k ↦ the learning rate: up to `peak` in `warmup` steps, down to 0 along a cosine at `steps`."
+    return lambda k: peak * min((k + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * k / steps))
+
+
+def warmup_constant(peak: float, warmup: int) -> Callable[[int], float]:
+    "k ↦ the learning rate: up to `peak` in `warmup` steps, then constant, as in DDPM."
+    return lambda k: peak * min((k + 1) / warmup, 1.0)
+
+
+def falling(lr: float, steps: int) -> Callable[[int], float]:
+    "k ↦ the learning rate, from lr down to 0 in a line."
+    return lambda k: lr * (1 - k / steps)

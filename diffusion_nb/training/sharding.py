@@ -1,0 +1,85 @@
+"""Weights that are divided among processes, and starting those."""
+
+import contextlib
+import torch
+from collections.abc import Callable, Iterator
+from torch import Tensor, nn
+from typing import NamedTuple
+from diffusion_nb.denoisers import Denoiser
+
+
+def divided(v: Tensor) -> bool:
+    "Whether each process holds a part of v only."
+    return hasattr(v, "full_tensor")
+
+
+def whole(v: Tensor) -> Tensor:
+    "All of v, from all processes that hold a part of it."
+    return v.full_tensor() if divided(v) else v
+
+
+def put(v: Tensor, value: Tensor) -> None:
+    "Copy a whole tensor into v, or its part into the part that this process holds."
+    if divided(v):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(v.device), v.device_mesh, v.placements)
+    v.copy_(value)
+
+
+def divide(module: nn.Module, least: int = 2**20) -> None:
+    "Divide the parameters among the processes (FSDP2), in units of `least` numbers or more; the last unit is the rest."
+    from torch.distributed.fsdp import fully_shard
+
+    for part in reversed(list(module.modules())):  # the inner ones first
+        own = sum(p.numel() for p in part.parameters() if not divided(p))
+        if part is module or own >= least and not isinstance(part, nn.ModuleList | nn.ModuleDict):
+            fully_shard(part)
+
+
+class Objective(nn.Module):
+    "The loss of a denoiser as a module, which is what PyTorch's wrappers for many processes wrap."
+
+    def __init__(self, denoiser: Denoiser, loss: Callable):
+        super().__init__()
+        self.denoiser, self.loss = denoiser, loss
+
+    def forward(self, x0, t, eps, **cond):
+        return self.loss(self.denoiser, x0, t, eps, **cond)
+
+
+class Team(NamedTuple):
+    "One process among `world`: its device, and its rank from 0."
+
+    device: torch.device
+    rank: int
+    world: int
+
+
+@contextlib.contextmanager
+def together(cpu: bool = False) -> Iterator[Team]:
+    """`with together() as team:` joins the processes that torchrun or accelerate launch have started, and parts from them at the end.
+
+    Each has its own GPU (nccl), or all share the CPU (gloo) where there is none or `cpu` says so. A process by itself is a team of one.
+    Once in a process; processes that have been joined before are left joined. After an error a process leaves without a word: the others may be waiting for it.
+
+        torchrun --nproc-per-node 8 -m diffusion_nb train --data cifar10 --bf16 --compile
+        accelerate launch --num_processes 8 -m diffusion_nb train --data cifar10 --bf16 --compile
+        torchrun --nproc-per-node 8 -m diffusion_nb train --data cifar10 --bf16 --shard
+    """
+    from accelerate import PartialState
+
+    joined = torch.distributed.is_initialized()
+    state = PartialState(cpu=cpu or not torch.cuda.is_available())
+
+    def leave():
+        if torch.distributed.is_initialized() and not joined:
+            torch.distributed.destroy_process_group()
+            PartialState._reset_state()
+
+    try:
+        yield Team(state.device, state.process_index, state.num_processes)
+    except KeyboardInterrupt:  # which all of them get
+        leave()
+        raise
+    leave()
