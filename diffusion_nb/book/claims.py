@@ -3,10 +3,11 @@
 import json
 import math
 import os
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing import NamedTuple
 
 
 class Evidence(NamedTuple):

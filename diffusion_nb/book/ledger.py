@@ -8,18 +8,22 @@ from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
-from diffusion_nb.util.storage import project_root
 
+from diffusion_nb.util.storage import project_root
 
 NOT_COMPARED = re.compile(
     r"^#\s*(\|\s*eval\s*:\s*false|NBVAL_SKIP|NBVAL_IGNORE_OUTPUT)", re.MULTILINE | re.IGNORECASE
 )
+
+
 class Claim(NamedTuple):
     "What a notebook was stored to show, of which kinds the evidence is, and the nearest heading above."
 
     heading: str
     says: str
     kinds: list[str]
+
+
 def headings(cells: list[dict]) -> Iterator[tuple[str, str, str]]:
     "(nearest heading above, source, what it is stored to have printed) of each code cell whose output the tests compare."
     heading = ""
@@ -33,6 +37,8 @@ def headings(cells: list[dict]) -> Iterator[tuple[str, str, str]]:
             if not {"nbval-ignore-output", "nbval-skip"} & set(cell["metadata"].get("tags", ())):
                 printed = [o["text"] for o in cell["outputs"] if o.get("name") == "stdout"]
                 yield heading, source, "".join(map("".join, printed))
+
+
 def shown(cells: list[dict], mark: str, function: str) -> list[tuple[str, Claim]]:
     "(id, what is shown) for each line `mark id says · kinds` in a cell that calls `function` with that id."
     line = re.compile(rf"^{mark} (\S+) (.+) · (.+)$", re.MULTILINE)
@@ -42,12 +48,18 @@ def shown(cells: list[dict], mark: str, function: str) -> list[tuple[str, Claim]
         for id, says, kinds in line.findall(printed)
         if re.search(rf"\b{function}\(\s*['\"]{re.escape(id)}['\"]", source)
     ]
+
+
 def claims_in(cells: list[dict]) -> dict[str, Claim]:
     "The claims that a notebook shows, by id."
     return dict(shown(cells, "✓", "claim"))
+
+
 def errata_in(cells: list[dict]) -> list[tuple[str, Claim]]:
     "The misprints that a notebook shows: (id, what is printed and what holds)."
     return shown(cells, "✗→✓", "erratum")
+
+
 def has_pictures(cells: list[dict]) -> bool:
     return any(
         kind.startswith(("image/", "video/"))
@@ -92,6 +104,8 @@ def documented(package: Path) -> list[tuple[str, str]]:
 
 
 STRENGTH = ["symbolic", "oracle", "limit", "Monte Carlo", "experiment"]
+
+
 class Row(NamedTuple):
     "A row of claims.toml and what the book shows for it. `written`: its notebook exists; `claim`: None if there is none yet."
 
@@ -117,10 +131,14 @@ class Row(NamedTuple):
         best = min(map(STRENGTH.index, self.kinds), default=len(STRENGTH))
         met = {*STRENGTH[best:], *(["picture"] if self.claim and self.pictures else [])}
         return [kind for kind in self.checks if kind not in met]
+
+
 def cells_of(root: Path, notebook: str) -> list[dict]:
     "The cells of a notebook as it is stored; none if it is still to be written."
     path = root / f"nbs/{notebook}.ipynb"
     return json.loads(path.read_text())["cells"] if path.exists() else []
+
+
 def ledger(root: Path | None = None) -> "Ledger":
     "The whole ledger of the project at `root`, from its stored files: nothing is run."
     root, rows = root or project_root(), []
@@ -131,6 +149,8 @@ def ledger(root: Path | None = None) -> "Ledger":
         rows.append(Row(**entry, written=bool(cells), pictures=has_pictures(cells), claim=claims_in(cells).get(id),
                         errata=misprints, code=[name for name, text in code if cites(text, id)]))  # fmt: skip
     return Ledger(rows)
+
+
 def gaps(root: Path | None = None) -> list[str]:
     "What is asked for and not shown, a line for each row whose notebook is written: empty when the book keeps its word."
     return [

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+
 from diffusion_nb.experiments.catalogue import artifact_makers
 
 
@@ -52,9 +53,9 @@ def artifacts(args) -> int:
     "Train every artifact from nothing; metrics beside those on the old cards."
     import torch
 
+    from diffusion_nb.data import data_set
     from diffusion_nb.experiments.artifacts import artifact
     from diffusion_nb.util.storage import project_root
-    from diffusion_nb.data import data_set
 
     torch.set_num_threads(1)  # sums in one order: the same weights every time on one machine
     for name, (make, r) in artifact_makers().items():
@@ -73,8 +74,8 @@ def artifacts(args) -> int:
 
 def ledger(args) -> int:
     "Also names, and fails for, what is shown less well than claims.toml asks for."
-    from diffusion_nb.util.storage import write_atomically
     from diffusion_nb.book.ledger import gaps, ledger
+    from diffusion_nb.util.storage import write_atomically
 
     table, missing = ledger().markdown(), gaps()
     if args.out:

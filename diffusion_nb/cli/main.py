@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+
 from diffusion_nb.cli.book import artifacts, data, ledger, run
 from diffusion_nb.cli.sample import bits, sample
 from diffusion_nb.cli.train import distill, train
@@ -98,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
     command(ledger, "print which statement of which paper is shown where, by which code and how well, as a table in Markdown",
             out=("file to write instead", str))  # fmt: skip
     return p
+
+
 def main(argv: list[str] | None = None) -> int:
     "Returns 0 if all went well, 1 if not, 130 after Ctrl-C (2: the arguments made no sense)."
     args = parser().parse_args(argv)

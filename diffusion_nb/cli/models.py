@@ -27,11 +27,10 @@ def load_model(folder: str):
     "The denoiser in a folder that `train` wrote, or the digit model that comes with the book; and its recipe."
     import torch
 
-    from diffusion_nb.util.storage import check_fits
-    from diffusion_nb.util.storage import read_weights
     from diffusion_nb.experiments.digits import digit_denoiser
     from diffusion_nb.recipes.diffusion import recipe, recipe_denoiser
     from diffusion_nb.recipes.vdm import vdm_denoiser
+    from diffusion_nb.util.storage import check_fits, read_weights
 
     if folder == "digits":
         return digit_denoiser(), recipe("digits"), (1, 8, 8)

@@ -3,7 +3,7 @@
 import time
 from functools import partial
 from pathlib import Path
-from diffusion_nb.cli.book import data, run
+
 from diffusion_nb.cli.models import device_name, load_model, write_json
 
 
@@ -19,15 +19,12 @@ def sample_together(args, team) -> int:
     import torch
 
     from diffusion_nb.denoisers import Clip
-    from diffusion_nb.variances import large, small
-    from diffusion_nb.guidance import CFG
-    from diffusion_nb.grids import logsnr_grid, time_at
-    from diffusion_nb.samplers.linear import ddim
-    from diffusion_nb.grids import time_grid
-    from diffusion_nb.samplers.linear import ddpm
-    from diffusion_nb.samplers.linear import dpmpp_2m
     from diffusion_nb.generation.fast import Fast
     from diffusion_nb.generation.generate import generate
+    from diffusion_nb.grids import logsnr_grid, time_at, time_grid
+    from diffusion_nb.guidance import CFG
+    from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m
+    from diffusion_nb.variances import large, small
 
     device = torch.device(args.device) if args.device else team.device
     model, r, shape = load_model(args.model)
@@ -74,8 +71,8 @@ def write_grid(file: Path, path: Path, most: int = 400) -> None:
     from PIL import Image
     from safetensors import safe_open
 
-    from diffusion_nb.util.storage import write_atomically
     from diffusion_nb.util.images import picture_grid
+    from diffusion_nb.util.storage import write_atomically
 
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as f:
@@ -92,14 +89,13 @@ def write_grid(file: Path, path: Path, most: int = 400) -> None:
 def bits(args) -> int:
     import torch
 
-    from diffusion_nb.util.checks import default_device
     from diffusion_nb.data import data_set
-    from diffusion_nb.denoisers import Clip
-    from diffusion_nb.variances import large, small
+    from diffusion_nb.denoisers import Clip, Warped
     from diffusion_nb.grids import stop_early
     from diffusion_nb.likelihood.bits import bits_per_dim, fitted
-    from diffusion_nb.denoisers import Warped
     from diffusion_nb.likelihood.continuous import vdm_bits
+    from diffusion_nb.util.checks import default_device
+    from diffusion_nb.variances import large, small
 
     if args.n < 2 or args.batch < 1 or args.steps < 2 or not 0 <= args.end < 1:
         raise ValueError("expected --n and --steps of at least 2, --batch of at least 1, --end from 0 to below 1")

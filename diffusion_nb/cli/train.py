@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from diffusion_nb.cli.book import data
+
 from diffusion_nb.cli.models import device_name, write_json
 
 
@@ -39,10 +39,10 @@ def train_together(args, team) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from diffusion_nb.util.storage import write_atomically
     from diffusion_nb.data import data_set
     from diffusion_nb.recipes.diffusion import recipe, recipe_denoiser, recipe_trainer
     from diffusion_nb.recipes.vdm import vdm_denoiser, vdm_recipe, vdm_trainer
+    from diffusion_nb.util.storage import write_atomically
 
     if min(args.every, args.keep, args.accumulate) < 1 or args.grids < 0:
         raise ValueError(

@@ -7,13 +7,15 @@ import inspect
 import json
 import textwrap
 import time
-import torch
 from collections.abc import Callable
-from filelock import FileLock
 from pathlib import Path
+from types import CodeType, FunctionType
+
+import torch
+from filelock import FileLock
 from safetensors.torch import load, save_file
 from torch import Tensor
-from types import CodeType, FunctionType
+
 from diffusion_nb.util.storage import project_root, write_atomically
 
 

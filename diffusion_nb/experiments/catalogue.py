@@ -1,21 +1,19 @@
 """All artifacts and what makes them."""
 
 
-
-
 def artifact_makers() -> dict:
     "(function, its recipe) for each artifact that comes with the book, those that others need first."
-    from diffusion_nb.experiments.consistency import DIGITS, run_consistency
-    from diffusion_nb.recipes.settings import settings
-    from diffusion_nb.experiments.judge import JUDGE, train_judge
-    from diffusion_nb.experiments.distillation import GUIDED, run_distilled, run_from_fewer, run_guided
-    from diffusion_nb.recipes.distillation import DISTILL
-    from diffusion_nb.experiments.guidance import CLASSIFIER, GUIDANCE, run_guidance, train_classifier, train_weak
     from diffusion_nb.experiments.ablation import ABLATION, run_ablation
+    from diffusion_nb.experiments.consistency import DIGITS, run_consistency
     from diffusion_nb.experiments.digits import train_digits
-    from diffusion_nb.recipes.diffusion import recipe
+    from diffusion_nb.experiments.distillation import GUIDED, run_distilled, run_from_fewer, run_guided
+    from diffusion_nb.experiments.guidance import CLASSIFIER, GUIDANCE, run_guidance, train_classifier, train_weak
+    from diffusion_nb.experiments.judge import JUDGE, train_judge
     from diffusion_nb.experiments.variance import BOUNDS, run_improved
     from diffusion_nb.experiments.vdm import TARGETS, run_targets, run_vdm, vdm_digits_recipe
+    from diffusion_nb.recipes.diffusion import recipe
+    from diffusion_nb.recipes.distillation import DISTILL
+    from diffusion_nb.recipes.settings import settings
 
     GROUPS = dict(groups=int, seeds=int)
 

@@ -1,10 +1,12 @@
 """Denoisers that run compiled and in bfloat16."""
 
 import copy
-import torch
 from itertools import chain
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
 from diffusion_nb.denoisers import Denoiser, NetDenoiser, Pred
 
 

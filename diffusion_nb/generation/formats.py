@@ -1,13 +1,15 @@
 """Files that a finished set of samples can be written as."""
 
 import json
-import numpy as np
 import os
 import shutil
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
+
 from diffusion_nb.util.storage import save_tensors, write_atomically
 
 
@@ -22,6 +24,8 @@ def write_npz(path: Path, found: dict[str, Tensor]) -> None:
             np.savez(f, **arrays)
 
     write_atomically(path, write)
+
+
 def write_folder(path: Path, found: dict[str, Tensor]) -> None:
     "One PNG a picture, named by its seed, and labels.json if there are any; the folder appears when all are in it."
     from PIL import Image
@@ -38,4 +42,6 @@ def write_folder(path: Path, found: dict[str, Tensor]) -> None:
         (draft / "labels.json").write_text(json.dumps(labels))
     shutil.rmtree(path, ignore_errors=True)
     os.replace(draft, path)
+
+
 FORMS = {"": write_folder, ".npz": write_npz, ".safetensors": partial(save_tensors, about={})}

@@ -1,12 +1,14 @@
 """Draws samples into files; can be interrupted and shared."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
-from collections.abc import Callable, Sequence
 from jaxtyping import Bool, Float, Int
-from pathlib import Path
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
 from diffusion_nb.denoisers import Denoiser, check_cond
 from diffusion_nb.generation.fast import Fast, device_of
 from diffusion_nb.generation.formats import FORMS

@@ -3,13 +3,15 @@
 import hashlib
 import json
 import re
-import torch
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from torch import Tensor, nn
 from types import CodeType, FunctionType, MethodType
+
+import torch
+from torch import Tensor, nn
+
 from diffusion_nb.denoisers import Denoiser
 from diffusion_nb.util.storage import checksum
 

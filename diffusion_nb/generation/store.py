@@ -2,13 +2,15 @@
 
 import json
 import shutil
-import torch
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+
+import torch
 from filelock import FileLock
 from jaxtyping import Bool
-from pathlib import Path
 from torch import Tensor
+
 from diffusion_nb.generation.formats import FORMS
 from diffusion_nb.generation.record import check_record, digest, file_hash, read_record
 from diffusion_nb.util.storage import load_tensors, save_tensors, write_atomically

@@ -5,8 +5,10 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
 from safetensors.torch import load_file, save_file
 from torch import nn
+
 from diffusion_nb.data import Pictures, data_set
 from diffusion_nb.denoisers import AsVE, Clip, Guess
 from diffusion_nb.grids import edm_grid
@@ -17,7 +19,6 @@ from diffusion_nb.time_samplers import Levels, steady
 from diffusion_nb.training.lr import warmup_cosine
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.storage import write_atomically
-
 
 RECIPE = dict(
     data=str,
@@ -32,6 +33,8 @@ RECIPE = dict(
     beta2=float,
     seed=int,
 )
+
+
 def consistency_trainer(
     r: dict, pictures: Pictures, f: nn.Module, make_loss: Callable, classes: int = 0, **options
 ) -> Trainer:
@@ -43,6 +46,8 @@ def consistency_trainer(
     labels = dict(cond={"y": pictures.y}, null=classes) if classes else {}
     return Trainer(f, pictures.x, steps=r["steps"], batch=r["batch"], lr=warmup_cosine(r["lr"], r["warmup"], r["steps"]), times=levels,
                    loss=make_loss(levels), ema=r["ema"], betas=(0.9, r["beta2"]), seed=r["seed"], **labels, **options)  # fmt: skip
+
+
 def train_consistency(name: str, teacher_folder: Path | str, distil: bool = True, **options) -> Guess:
     """A one-step model of MNIST or CIFAR-10 from a folder that `diffusion-nb train` wrote, by [consistency.NAME] of settings.ini.
 

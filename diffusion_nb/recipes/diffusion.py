@@ -1,8 +1,10 @@
 """Recipes of diffusion models: network, schedule, target, training."""
 
-import torch
 from collections.abc import Sequence
 from functools import partial
+
+import torch
+
 from diffusion_nb.data import Pictures
 from diffusion_nb.denoisers import NetDenoiser, predict_eps, predict_v
 from diffusion_nb.losses.simple import denoising_loss, snr, snr_plus_one
@@ -13,7 +15,6 @@ from diffusion_nb.training.lr import warmup_constant, warmup_cosine
 from diffusion_nb.training.trainer import Trainer, flip_half
 from diffusion_nb.util.images import as_bytes
 
-
 SCHEDULES = {"cosine": CosineSchedule, "linear": lambda: DDPMSchedule(linear_betas())}
 TARGETS = {
     "eps": (predict_eps, snr),
@@ -22,9 +23,13 @@ TARGETS = {
 RECIPE = dict(data=str, width=int, mults=ints, blocks=int, attention=ints, classes=int, dropout=float, patch=int,
               schedule=one_of(*SCHEDULES), target=one_of(*TARGETS), steps=int, batch=int, lr=float, warmup=int,
               decay=one_of("cosine", "constant"), ema=float, beta2=float, flip=int, seed=int)  # fmt: skip
+
+
 def recipe(name: str) -> dict:
     "The recipe of settings.ini under [recipe.NAME]."
     return vars(settings(f"recipe.{name}", **RECIPE))
+
+
 def recipe_denoiser(r: dict, shape: Sequence[int]) -> NetDenoiser:
     "The fresh network of a recipe, for pictures of this shape."
     with torch.random.fork_rng(devices=[]):
@@ -32,6 +37,8 @@ def recipe_denoiser(r: dict, shape: Sequence[int]) -> NetDenoiser:
         net = UNet(shape[0], r["width"], r["mults"], r["blocks"], r["attention"], classes=r["classes"],
                    dropout=r["dropout"], patch=r["patch"])  # fmt: skip
     return NetDenoiser(net, SCHEDULES[r["schedule"]](), TARGETS[r["target"]][0])
+
+
 def recipe_trainer(r: dict, pictures: Pictures, **options) -> Trainer:
     "The trainer that a recipe describes. options: those of `Trainer`, such as device, bf16, compile, checkpoint, every."
     denoiser = recipe_denoiser(r, pictures.x.shape[1:])

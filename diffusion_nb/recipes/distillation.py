@@ -1,14 +1,16 @@
 """Recipes of progressive distillation."""
 
 from pathlib import Path
+
 from diffusion_nb.data import Pictures, data_set
 from diffusion_nb.denoisers import Denoiser
 from diffusion_nb.recipes.diffusion import recipe, recipe_trainer
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.training.distill import distill
 
-
 DISTILL = dict(teacher=str, n_from=int, n_to=int, steps=int, last=int, batch=int, lr=float, ema=float, beta2=float)
+
+
 def distill_pictures(
     r: dict, teacher: Denoiser, pictures: Pictures, seed: int = 0, folder: Path | str | None = None, **options
 ):
@@ -17,6 +19,8 @@ def distill_pictures(
     cond = dict(cond={"y": pictures.y}, null=classes) if classes else {}
     return distill(teacher, pictures.x, r["n_from"], r["n_to"], steps=lambda n: r["last"] if n <= 4 else r["steps"], lr=r["lr"],
                    folder=folder, seed=seed, batch=r["batch"], ema=r["ema"], betas=(0.9, r["beta2"]), **cond, **options)  # fmt: skip
+
+
 def distill_recipe(name: str, folder: Path | str, **options) -> dict[int, Denoiser]:
     """Train the teacher of [distill.NAME] in settings.ini, then its students, {n: denoiser}.
 

@@ -4,6 +4,7 @@ import configparser
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
+
 from diffusion_nb.util.storage import project_root
 
 

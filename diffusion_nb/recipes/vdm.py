@@ -1,7 +1,9 @@
 """Recipes of variational diffusion models."""
 
-import torch
 from collections.abc import Sequence
+
+import torch
+
 from diffusion_nb.data import Pictures
 from diffusion_nb.denoisers import NetDenoiser, Warped, predict_eps
 from diffusion_nb.likelihood.bits import check_levels
@@ -13,13 +15,16 @@ from diffusion_nb.schedules import LearnedSchedule
 from diffusion_nb.training.lr import warmup_constant, warmup_cosine
 from diffusion_nb.training.trainer import Trainer
 
-
 VDM = dict(data=str, width=int, mults=ints, blocks=int, attention=ints, classes=int, dropout=float, patch=int,
            first=float, last=float, soft_steps=int, exponents=ints, levels=int, steps=int, batch=int, lr=float,
            warmup=int, decay=one_of("cosine", "constant"), ema=float, beta2=float, seed=int)  # fmt: skip
+
+
 def vdm_recipe(name: str) -> dict:
     "The recipe of settings.ini under [vdm.NAME]."
     return vars(settings(f"vdm.{name}", **VDM))
+
+
 def vdm_denoiser(r: dict, shape: Sequence[int]) -> Warped:
     "The fresh model of a recipe, for pictures of this shape: a network told γ, with Fourier features, on a learned clock."
     channels, schedule = shape[0], LearnedSchedule(r["first"], r["last"], r["soft_steps"])
@@ -32,6 +37,8 @@ def vdm_denoiser(r: dict, shape: Sequence[int]) -> Warped:
         NetDenoiser(FourierFeatures(net, r["exponents"]), line, predict_eps, c_noise=TellGamma(line)),
         schedule.warp,
     )
+
+
 def vdm_trainer(r: dict, pictures: Pictures, *, compile: bool = False, **options) -> Trainer:
     "The trainer that a recipe describes. compile: the network. options: device, bf16, checkpoint, every. Raises ValueError for pictures off the grid of levels."
     check_levels(pictures.x[:1000], r["levels"])

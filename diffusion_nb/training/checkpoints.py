@@ -5,7 +5,9 @@ import shutil
 import warnings
 from itertools import pairwise
 from pathlib import Path
+
 from torch import Tensor
+
 from diffusion_nb.util.storage import load_tensors, save_tensors, write_atomically
 
 

@@ -2,9 +2,11 @@
 
 import copy
 from collections.abc import Callable
-from jaxtyping import Float
 from pathlib import Path
+
+from jaxtyping import Float
 from torch import Tensor
+
 from diffusion_nb.denoisers import Clip, Denoiser
 from diffusion_nb.losses.distillation import distillation_loss
 from diffusion_nb.time_samplers import chain_times

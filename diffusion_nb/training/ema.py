@@ -1,14 +1,16 @@
 """Averages of weights whose length is chosen after the training."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 import torch
-from collections.abc import Sequence
 from jaxtyping import Float
-from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from typing import NamedTuple
+
 from diffusion_nb.denoisers import Denoiser
 from diffusion_nb.training.hooks import check_every
 from diffusion_nb.training.sharding import whole

@@ -2,14 +2,16 @@
 
 import json
 import math
-import numpy as np
 import time
-import torch
 from collections.abc import Callable
-from jaxtyping import Float
 from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
+
 from diffusion_nb.denoisers import Clip, Denoiser
 from diffusion_nb.grids import time_grid
 from diffusion_nb.noise import Noise

@@ -1,10 +1,12 @@
 """Weights that are divided among processes, and starting those."""
 
 import contextlib
-import torch
 from collections.abc import Callable, Iterator
-from torch import Tensor, nn
 from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
 from diffusion_nb.denoisers import Denoiser
 
 

@@ -4,16 +4,18 @@ import copy
 import json
 import math
 import time
-import torch
-import torch.distributed as dist
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from jaxtyping import Float
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
+
 from diffusion_nb.denoisers import Denoiser, check_cond
 from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.noise import Noise

@@ -1,7 +1,8 @@
 """Checks of arguments, with errors that say what was expected."""
 
-import torch
 from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 

@@ -1,8 +1,9 @@
 """Pictures: grids, bytes, animations."""
 
 import math
-import torch
 from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 

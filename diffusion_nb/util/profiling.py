@@ -3,14 +3,16 @@
 import contextlib
 import sys
 import time
-import torch
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
 from diffusion_nb.util.checks import default_device
 
 
@@ -76,6 +78,8 @@ def utilisation(call: Callable[[], object], peak: float, done: int | None = None
 LOOKS = ("tolist", "numpy", "cpu", "__array__")  # methods of a tensor; and operators:
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "allclose", "_unique2")
 OWN = ("__torch_dispatch__", "__torch_function__", "note")
+
+
 def caller() -> str | None:
     "The line at work, 'function, file:line', outside PyTorch and this counter; None if a function named check_… asked."
     frame, place, torch_home = sys._getframe(2), None, str(Path(torch.__file__).parent)
@@ -87,10 +91,14 @@ def caller() -> str | None:
             place = f"{name}, {Path(file).name}:{frame.f_lineno}"
         frame = frame.f_back
     return place
+
+
 def waits(name: str, args: tuple) -> bool:
     "Whether an operator makes the host wait: for a number, or for how many entries a mask selects."
     masks = args[1] if name == "index" else ()
     return name in WAITS or any(m is not None and m.dtype in (torch.bool, torch.uint8) for m in masks)
+
+
 class HostSyncs:
     """Inside `with HostSyncs() as syncs`, counts on any device what would make the host wait for a GPU: reading numbers off tensors, making
     tensors of Python's numbers, and selecting by a mask. `syncs.places`: how often which line did; functions named check_… are left out,

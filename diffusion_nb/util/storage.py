@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
-import torch
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
