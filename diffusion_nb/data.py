@@ -19,7 +19,7 @@ from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .util.storage import project_root
+from .util.storage import downloads
 
 # %% ../nbs/01_data.ipynb #f364ce2b
 class Pictures(NamedTuple):
@@ -47,7 +47,7 @@ def _torchvision_files(name: str) -> list[tuple[Path, str]]:
     "The files that torchvision keeps for a data set, with their MD5 sums."
     from torchvision import datasets
 
-    cls, root = getattr(datasets, name), project_root() / "data"
+    cls, root = getattr(datasets, name), downloads()
     if hasattr(cls, "resources"):
         return [(root / name / "raw" / file, md5) for file, md5 in cls.resources]
     return [(root / cls.base_folder / file, md5) for file, md5 in cls.train_list + cls.test_list]
@@ -62,7 +62,7 @@ def _fetch(name: str) -> list[Path]:
     "Download what is missing or damaged; returns the verified files. Raises ConnectionError saying what to do offline."
     from torchvision import datasets
 
-    files, root = _torchvision_files(name), project_root() / "data"
+    files, root = _torchvision_files(name), downloads()
     if not _unsound(files):
         return [p for p, _ in files]
     root.mkdir(exist_ok=True)
@@ -112,7 +112,7 @@ def cifar10() -> Pictures:
     from torchvision.datasets import CIFAR10
 
     _fetch("CIFAR10")
-    parts = [CIFAR10(project_root() / "data", train=train) for train in (True, False)]
+    parts = [CIFAR10(downloads(), train=train) for train in (True, False)]
     x, x_test = (torch.from_numpy(p.data).permute(0, 3, 1, 2) / 127.5 - 1 for p in parts)
     return Pictures(x, torch.tensor(parts[0].targets), x_test, torch.tensor(parts[1].targets))
 

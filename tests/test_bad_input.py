@@ -5,6 +5,7 @@ import hashlib
 import re
 import struct
 import urllib.request
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from diffusion_nb import data
 from diffusion_nb.data import DATA_SETS, fashion_mnist, mnist
 from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, predict_eps, predict_score, predict_v, predict_x0
+from diffusion_nb.experiments.judge import JUDGE
 from diffusion_nb.forward import posterior_steps, q_posterior, q_sample, q_step, transition
 from diffusion_nb.generation.generate import generate
 from diffusion_nb.grids import time_grid
@@ -374,10 +376,11 @@ def test_settings_in_order(project, monkeypatch):
     assert settings("a", **KNOWN).steps == 7
 
 
-def test_settings_are_found_from_a_folder_below(project, monkeypatch):
-    (project / "nbs").mkdir()
-    monkeypatch.chdir(project / "nbs")
-    assert project_root() == project.resolve() and settings("a", **KNOWN).steps == 5
+def test_somebody_elses_settings_are_not_taken_for_ours(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = mylib\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DIFFUSION_NB_SETTINGS", raising=False)
+    assert settings("judge.mnist", **JUDGE).width == 32 and project_root() == Path(__file__).parents[1]
 
 
 def test_wrong_profile(project, monkeypatch):

@@ -34,7 +34,6 @@ from diffusion_nb.variances import large
 @pytest.fixture
 def book(tmp_path, monkeypatch):
     "A project whose first notebook works, whose second fails and whose third works."
-    (tmp_path / "settings.ini").write_text("")
     (tmp_path / "nbs").mkdir()
     for name, source in (("01_good", "import os; print(f\"profile {os.environ['DIFFUSION_NB_PROFILE']}, {os.environ['OMP_NUM_THREADS']} thread\")"),
                          ("02_bad", "raise SystemError('no such formula')"), ("03_good", "1 + 1")):  # fmt: skip
@@ -45,12 +44,16 @@ def book(tmp_path, monkeypatch):
     return tmp_path
 
 
+def run(book, *words: str) -> int:
+    return main(["run", "--book", str(book / "nbs"), *words])
+
+
 def pages(book):
     return sorted(p.name for p in (book / "_book").glob("*.html"))
 
 
 def test_run_names_what_failed_and_finishes_the_others(book, capsys):
-    assert main(["run", "--profile", "gpu"]) == 1
+    assert run(book, "--profile", "gpu") == 1
     said = capsys.readouterr()
     assert "02_bad.ipynb failed" in said.err and "no such formula" in said.err
     assert (
@@ -66,17 +69,17 @@ def test_run_names_what_failed_and_finishes_the_others(book, capsys):
 
 
 def test_run_goes_on_with_what_is_left_unless_something_changed(book, capsys):
-    assert main(["run"]) == 1
+    assert run(book) == 1
     capsys.readouterr()
-    assert main(["run"]) == 1  # 02 again, alone
+    assert run(book) == 1  # 02 again, alone
     said = capsys.readouterr()
     assert "2 of 3 notebooks ran already" in said.out and "01_good" not in said.err
-    assert main(["run", "--fresh", "--jobs", "1"]) == 1
+    assert run(book, "--fresh", "--jobs", "1") == 1
     assert "0 of 1" not in (said := capsys.readouterr().out) and "2 of 3 notebooks ran well" in said
     cells = nbformat.read(book / "nbs/02_bad.ipynb", 4)
     cells.cells[1].source = "1"
     nbformat.write(cells, book / "nbs/02_bad.ipynb")
-    assert main(["run"]) == 0
+    assert run(book) == 0
     assert "3 of 3 notebooks ran well" in capsys.readouterr().out
 
 
@@ -88,22 +91,22 @@ def test_run_is_stopped_by_ctrl_c_keeps_what_ran_and_goes_on(book):
         "    time.sleep(600)"
     )
     nbformat.write(slow, book / "nbs/02_bad.ipynb")
-    command = [sys.executable, "-m", "diffusion_nb", "run", "--jobs", "2"]
+    command = [sys.executable, "-m", "diffusion_nb", "run", "--book", str(book / "nbs"), "--jobs", "2"]
     heard = partial(
         signal.signal, signal.SIGINT, signal.SIG_DFL
     )  # also where the tests run in the background, which ignores it
-    run = subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=book, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard
     )
     while len(pages(book)) < 3 or not (book / "nbs/been").exists():
-        assert run.poll() is None, run.communicate()[0]
+        assert process.poll() is None, process.communicate()[0]
         index = (book / "_book/index.html").read_text() if (book / "_book/index.html").exists() else "http-equiv"
         assert "http-equiv" in index  # it looks again by itself
         time.sleep(0.1)
     time.sleep(0.5)
-    run.send_signal(signal.SIGINT)
-    said = run.communicate()[0]
-    assert run.returncode == 130 and "stopped" in said and "Traceback" not in said, said
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[0]
+    assert process.returncode == 130 and "stopped" in said and "Traceback" not in said, said
     assert not psutil.pid_exists(int((book / "nbs/been").read_text()))
     assert pages(book) == ["01_good.html", "03_good.html", "index.html"]
     done = subprocess.run(command, cwd=book, capture_output=True, text=True)
@@ -126,8 +129,8 @@ def test_fewer_notebooks_at_a_time_where_memory_is_short(monkeypatch):
 
 
 def test_run_some(book, capsys):
-    assert main(["run", "01", "03"]) == 0
-    assert main(["run", "07"]) == 1
+    assert run(book, "01", "03") == 0
+    assert run(book, "07") == 1
     assert "no notebook '07'; there are 01_good, 02_bad, 03_good" in capsys.readouterr().err
 
 

@@ -99,7 +99,12 @@ def maker(project):
 
 
 def files(project):
-    return sorted(p.name for p in (project / "data/artifacts").iterdir() if p.suffix != ".lock")
+    return sorted(p.suffix for p in (project / "home/artifacts").iterdir() if p.suffix != ".lock")
+
+
+def the_file(project, suffix=".safetensors"):
+    (path,) = (project / "home/artifacts").glob(f"a-*{suffix}")
+    return path
 
 
 def test_artifact_is_made_once(maker, project, capsys):
@@ -110,18 +115,14 @@ def test_artifact_is_made_once(maker, project, capsys):
     assert maker.made == [3] and card == card_again
     assert tensors["w"].tolist() == again["w"].tolist() == [0, 1, 2] and not again["w"].requires_grad
     assert (card["name"], card["recipe"], card["metrics"]) == ("a", {"size": 3}, {"score": 0.5})
-    assert files(project) == ["a.json", "a.safetensors"]
-    artifact("a", maker.make, {"size": 3}, fresh=True)
-    assert maker.made == [3, 3] and "asked for anew" in capsys.readouterr().out
+    assert files(project) == [".json", ".safetensors"]
 
 
-def test_artifact_with_another_recipe_is_made_again(maker, capsys):
-    artifact("a", maker.make, {"size": 3})
-    for recipe in ({"size": 4}, {"size": 4, "scale": 2.0}, {"size": 4, "scale": 3.0}):
-        capsys.readouterr()
+def test_each_recipe_has_an_artifact_of_its_own(maker, capsys):
+    recipes = ({"size": 3}, {"size": 4}, {"size": 4, "scale": 2.0}, {"size": 4, "scale": 3.0})
+    for recipe in (*recipes, *recipes):
         tensors, card = artifact("a", maker.make, recipe)
-        assert capsys.readouterr().out == "making a (its recipe has changed)\n"
-        assert tensors["w"].tolist() == [recipe.get("scale", 1.0) * i for i in range(4)]
+        assert tensors["w"].tolist() == [recipe.get("scale", 1.0) * i for i in range(recipe["size"])]
         assert card["recipe"] == recipe
     assert maker.made == [3, 4, 4, 4]
 
@@ -138,7 +139,7 @@ def test_artifact_takes_tuples_in_its_recipe(project):
     assert made == [(1, 2)]  # once, although a card's tuples come back as lists
 
 
-def test_artifact_made_by_other_code_is_made_again(maker, monkeypatch, capsys):
+def test_artifact_made_by_other_code_is_made_again(maker, monkeypatch):
     artifact("a", maker.make, {"size": 3})
     monkeypatch.setattr(artifacts, "fingerprint", lambda *_: "of other code")
     artifact("a", maker.make, {"size": 3})
@@ -146,10 +147,50 @@ def test_artifact_made_by_other_code_is_made_again(maker, monkeypatch, capsys):
     assert maker.made == [3, 3]
 
 
+@pytest.fixture
+def shipped(maker, tmp_path, monkeypatch):
+    "A folder in the place of data/artifacts, with the artifact `a`, that must stay as it is."
+    place = tmp_path / "shipped"
+    monkeypatch.setattr(artifacts, "shipped", lambda name: place)
+    artifacts.put_artifact(place / "a.safetensors", "a", maker.make, {"size": 3}, {"size": 3})
+    maker.made.clear()
+    before = {p.name: p.read_bytes() for p in place.iterdir()}
+    yield place
+    assert {p.name: p.read_bytes() for p in place.iterdir()} == before
+
+
+def test_what_is_shipped_is_read_where_nothing_can_be_written(shipped, maker, project, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_NB_HOME", str(project / "settings.ini"))  # a file: no folder can be made there
+    tensors, card = artifact("a", maker.make, {"size": 3})
+    assert len(tensors["w"]) == 3 and not maker.made and card["recipe"] == {"size": 3}
+
+
+def test_what_is_shipped_is_never_written(shipped, maker, project, capsys):
+    tensors, card = artifact("a", maker.make, {"size": 4})
+    assert capsys.readouterr().out == "making a (its recipe has changed)\n"
+    assert len(tensors["w"]) == 4 and card["recipe"] == {"size": 4} and files(project) == [".json", ".safetensors"]
+
+
+def test_long_trainings_are_not_begun_unasked(shipped, maker, project, monkeypatch):
+    card = json.loads((shipped / "a.json").read_text()) | {"seconds": 100}
+    place = project / "slow"
+    place.mkdir()
+    (place / "a.json").write_text(json.dumps(card))
+    (place / "a.safetensors").write_bytes((shipped / "a.safetensors").read_bytes())
+    monkeypatch.setattr(artifacts, "shipped", lambda name: place)
+    with pytest.raises(
+        RuntimeError, match=r"its recipe has changed\), and making it took 100 s.*DIFFUSION_NB_MAKE=1"
+    ):
+        artifact("a", maker.make, {"size": 4})
+    assert not maker.made
+    monkeypatch.setenv("DIFFUSION_NB_MAKE", "1")
+    assert len(artifact("a", maker.make, {"size": 4})[0]["w"]) == 4
+
+
 @pytest.mark.parametrize("harm", ["one bit", "truncated", "empty", "gone"])
 def test_damaged_file_is_made_again(maker, project, capsys, harm):
     want, _ = artifact("a", maker.make, {"size": 3})
-    path = project / "data/artifacts/a.safetensors"
+    path = the_file(project)
     raw = path.read_bytes()
     capsys.readouterr()
     if harm == "gone":
@@ -168,7 +209,7 @@ def test_damaged_file_is_made_again(maker, project, capsys, harm):
 @pytest.mark.parametrize("card", ["", "{", "{}", '{"recipe": {"size": 3}}', "gone", "[]"])
 def test_damaged_card_is_made_again(maker, project, card):
     artifact("a", maker.make, {"size": 3})
-    path = project / "data/artifacts/a.json"
+    path = the_file(project, ".json")
     whole = json.loads(path.read_text())
     path.unlink() if card == "gone" else path.write_text(card)
     artifact("a", maker.make, {"size": 3})
@@ -177,13 +218,13 @@ def test_damaged_card_is_made_again(maker, project, card):
     assert json.loads(path.read_text())["sha256"] == whole["sha256"]
 
 
-def test_interrupted_make_leaves_the_old_one_usable(maker, project):
+def test_interrupted_make_leaves_the_others_usable(maker, project):
     artifact("a", maker.make, {"size": 3})
-    before = {p.name: p.read_bytes() for p in (project / "data/artifacts").iterdir()}
+    before = {p.name: p.read_bytes() for p in (project / "home/artifacts").iterdir()}
     maker.fails = True
     with pytest.raises(RuntimeError, match="out of luck"):
         artifact("a", maker.make, {"size": 4})
-    assert {p.name: p.read_bytes() for p in (project / "data/artifacts").iterdir()} == before
+    assert {p.name: p.read_bytes() for p in (project / "home/artifacts").iterdir() if p.name in before} == before
     tensors, _ = artifact("a", maker.make, {"size": 3})  # as it was, and not made again
     assert tensors["w"].tolist() == [0, 1, 2] and maker.made == [3, 4]
     maker.fails = False
@@ -192,8 +233,7 @@ def test_interrupted_make_leaves_the_old_one_usable(maker, project):
 
 
 def test_killed_between_file_and_card(maker, project, monkeypatch):
-    "The new file is there and the old card still is: not to be mistaken for either."
-    artifact("a", maker.make, {"size": 3})
+    "The new file is there and its card is not."
     write = storage.write_atomically
 
     def killed_before_the_card(path, fill):
@@ -204,10 +244,9 @@ def test_killed_between_file_and_card(maker, project, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(artifacts, "write_atomically", killed_before_the_card)
         artifact("a", maker.make, {"size": 4})
-    for size in (3, 4):
-        tensors, _ = artifact("a", maker.make, {"size": size})
-        assert len(tensors["w"]) == size
-    assert maker.made == [3, 4, 3, 4]
+    for _ in range(2):
+        assert len(artifact("a", maker.make, {"size": 4})[0]["w"]) == 4
+    assert maker.made == [4, 4]
 
 
 RACE = """

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
-from diffusion_nb.util.storage import write_atomically
+from diffusion_nb.util.storage import PACKAGE, shipped, write_atomically
 
 MEMORY = 2 * 2**30  # bytes that a notebook may need: the largest takes about half
 
@@ -43,13 +43,11 @@ def in_order(paths: list[Path], seconds: dict[str, float], jobs: int) -> list[Pa
     return head + sorted(tail, key=lambda p: seconds.get(p.stem, 0) <= usual)
 
 
-def state_of(root: Path) -> str:
+def state_of(nbs: Path) -> str:
     "A hash of everything that decides what the notebooks show: their cells, the library, the settings."
-    cells = [
-        [c["source"] for c in json.loads(p.read_text())["cells"]] for p in sorted((root / "nbs").glob("*.ipynb"))
-    ]
-    code = [p.read_text() for p in [root / "settings.ini", *sorted(Path(__file__).parents[1].rglob("*.py"))]]
-    asked = [os.environ.get(name) for name in ("DIFFUSION_NB_PROFILE", "DIFFUSION_NB_SET")]
+    cells = [[c["source"] for c in json.loads(p.read_text())["cells"]] for p in sorted(nbs.glob("*.ipynb"))]
+    code = [p.read_text() for p in [shipped("settings.ini"), *sorted(PACKAGE.rglob("*.py"))]]
+    asked = [os.environ.get(f"DIFFUSION_NB_{name}") for name in ("PROFILE", "SET", "SETTINGS")]
     return hashlib.sha256(json.dumps([cells, code, asked]).encode()).hexdigest()
 
 

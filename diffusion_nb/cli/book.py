@@ -15,11 +15,11 @@ def run(args) -> int:
 
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"--jobs: expected at least 1 notebook at a time, got {args.jobs}")
-    root, start = project_root(), time.perf_counter()
+    nbs, start = Path(args.book or project_root() / "nbs"), time.perf_counter()
     os.environ["DIFFUSION_NB_PROFILE"] = args.profile or os.environ.get("DIFFUSION_NB_PROFILE", "cpu")
-    book, out = chosen([], root / "nbs"), Path(args.out or root / "_book")
-    record = Record(out, book, state_of(root))
-    paths = chosen(args.notebooks, root / "nbs") if args.notebooks else book if args.fresh else record.left()
+    book, out = chosen([], nbs), Path(args.out or nbs.absolute().parent / "_book")
+    record = Record(out, book, state_of(nbs))
+    paths = chosen(args.notebooks, nbs) if args.notebooks else book if args.fresh else record.left()
     if len(paths) < len(book) and not args.notebooks:
         print(f"{len(book) - len(paths)} of {len(book)} notebooks ran already; --fresh runs them again")
     print(f"as they are finished, the pages are linked in {out / 'index.html'}", flush=True)
@@ -54,7 +54,7 @@ def artifacts(args) -> int:
     import torch
 
     from diffusion_nb.data import data_set
-    from diffusion_nb.experiments.artifacts import artifact
+    from diffusion_nb.experiments.artifacts import ship_artifact
     from diffusion_nb.util.storage import project_root
 
     torch.set_num_threads(1)  # sums in one order: the same weights every time on one machine
@@ -65,7 +65,7 @@ def artifacts(args) -> int:
             continue
         path = project_root() / "data" / "artifacts" / f"{name}.json"
         old = json.loads(path.read_text())["metrics"] if path.exists() else {}
-        _, card = artifact(name, make, r, fresh=True)
+        card = ship_artifact(name, make, r)
         print(f"{name}: {card['seconds']} s")
         for metric, value in card["metrics"].items():
             print(f"  {metric:36} {value}   was {old.get(metric)}")

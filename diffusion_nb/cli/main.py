@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         return c
 
     c = command(run, "execute the notebooks side by side, each in a fresh kernel, and write the book as web pages; goes on where an earlier run stopped",
-                out=("folder to write (default: _book)", str), jobs=("notebooks at a time (default: one a core, fewer where memory is short)", int),
+                book=("folder of the notebooks (default: nbs of the repository)", str), out=("folder to write (default: _book beside it)", str), jobs=("notebooks at a time (default: one a core, fewer where memory is short)", int),
                 fresh=("run all of them, also those that an interrupted run has finished", bool))  # fmt: skip
     c.add_argument(
         "notebooks",

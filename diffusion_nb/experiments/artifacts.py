@@ -5,6 +5,7 @@ import dis
 import hashlib
 import inspect
 import json
+import os
 import textwrap
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from filelock import FileLock
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from diffusion_nb.util.storage import project_root, write_atomically
+from diffusion_nb.util.storage import project_root, shipped, user_folder, write_atomically
 
 
 def _parts(obj) -> list[FunctionType]:
@@ -35,9 +36,16 @@ def _plain(node) -> str:
     return f"[{', '.join(map(_plain, node))}]" if isinstance(node, list) else repr(node)
 
 
+class _NoErrors(ast.NodeTransformer):
+    "Leaves out what is raised: it cannot be in a finished artifact."
+
+    def visit_Raise(self, node):
+        return ast.Pass()
+
+
 def _tree(f: FunctionType) -> ast.AST:
-    "The syntax tree of f without docstrings."
-    tree = ast.parse(textwrap.dedent(inspect.getsource(f)))
+    "The syntax tree of f without docstrings and errors."
+    tree = _NoErrors().visit(ast.parse(textwrap.dedent(inspect.getsource(f))))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
@@ -61,8 +69,18 @@ def _leaves(value) -> list:
     return [value] if inside is None else [leaf for v in inside for leaf in _leaves(v)]
 
 
+PLUMBING = tuple(
+    f"diffusion_nb.{room}"
+    for room in ("book", "cli", "generation", "experiments.artifacts", "recipes.settings", "training.checkpoints",
+                 "training.hooks", "util.checks", "util.interrupts", "util.profiling", "util.storage")
+)  # fmt: skip
+
+
 def fingerprint(*objects) -> str:
-    "A hash of the code of these functions and classes, of everything of this project that they mention, and so on."
+    """A hash of the code of these functions and classes, of everything of this project that they mention, and so on.
+
+    It stops at plumbing, which decides no number, and does not see docstrings, comments and messages of errors.
+    """
     seen, found, todo = set(), [], list(objects)
     while todo:
         obj = inspect.unwrap(todo.pop())
@@ -70,6 +88,7 @@ def fingerprint(*objects) -> str:
             obj in seen
             or not isinstance(obj, FunctionType | type)
             or (obj.__module__ or "").split(".")[0] not in ("diffusion_nb", "__main__")
+            or obj.__module__.startswith(PLUMBING)
         ):
             continue
         seen.add(obj)
@@ -85,29 +104,60 @@ def fingerprint(*objects) -> str:
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()[:16]
 
 
-def artifact(name: str, make: Callable, recipe: dict, fresh: bool = False) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and the card of a trained artifact: read from data/artifacts, or made by `make(**recipe)`.
+def artifact(name: str, make: Callable, recipe: dict) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the card of a trained artifact: the one that comes with the library, or one that `make(**recipe)` made here.
 
-    `make` returns (tensors, metrics). The file is used only if it is whole (its checksum is on the card) and was made from this
-    very recipe by this very code; otherwise it is made again and replaced, and a line says why. Any number of processes
-    may ask at once: one makes it, the others wait. `fresh=True` makes it again in any case.
+    `make` returns (tensors, metrics). A file is used only if it is whole (its checksum is on the card) and was made from this
+    very recipe by this very code. Otherwise one is made, in the user's folder, and a line says why; what comes with the
+    library is never written. Any number of processes may ask at once: one makes it, the others wait.
+    Raises RuntimeError where that would take over a minute, by the card, and DIFFUSION_NB_MAKE=1 does not ask for it.
     """
-    asked = json.loads(json.dumps(recipe))  # as the card will hold it
-    path = project_root() / "data" / "artifacts" / f"{name}.safetensors"
+    asked, made_by = json.loads(json.dumps(recipe)), fingerprint(make)  # as the card will hold it
+    first = shipped("artifacts") / f"{name}.safetensors"
+    problem = _problem(first, asked, made_by)
+    if not problem:
+        return _read(first)
+    key = hashlib.sha256(json.dumps([asked, made_by], sort_keys=True).encode()).hexdigest()[:10]
+    path = user_folder() / "artifacts" / f"{name}-{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    made_by = fingerprint(make)
     with FileLock(path.with_suffix(".lock")):
-        problem = "asked for anew" if fresh else _problem(path, asked, made_by)
-        if problem:
-            print(f"making {name} ({problem})")
-            start = time.perf_counter()
-            tensors, metrics = make(**recipe)
-            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-            write_atomically(path, lambda p: save_file(tensors, p))
-            card = dict(name=name, recipe=asked, code=made_by, sha256=_sha256(path), metrics=metrics,
-                        seconds=round(time.perf_counter() - start), torch=torch.__version__)  # fmt: skip
-            write_atomically(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1) + "\n"))
-        return load(path.read_bytes()), json.loads(path.with_suffix(".json").read_text())
+        if own := _problem(path, asked, made_by):
+            _check_asked(name, problem, first.with_suffix(".json"))
+            print(f"making {name} ({own if path.exists() else problem})")
+            put_artifact(path, name, make, asked, recipe)
+        return _read(path)
+
+
+def put_artifact(path: Path, name: str, make: Callable, asked: dict, recipe: dict) -> None:
+    "Make an artifact and write it with its card."
+    start = time.perf_counter()
+    tensors, metrics = make(**recipe)
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    write_atomically(path, lambda p: save_file(tensors, p))
+    card = dict(name=name, recipe=asked, code=fingerprint(make), sha256=_sha256(path), metrics=metrics,
+                seconds=round(time.perf_counter() - start), torch=torch.__version__)  # fmt: skip
+    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1) + "\n"))
+
+
+def ship_artifact(name: str, make: Callable, recipe: dict) -> dict:
+    "Make an artifact anew in data/artifacts of the repository; returns its card."
+    path = project_root() / "data/artifacts" / f"{name}.safetensors"
+    put_artifact(path, name, make, json.loads(json.dumps(recipe)), recipe)
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    return load(path.read_bytes()), json.loads(path.with_suffix(".json").read_text())
+
+
+def _check_asked(name: str, problem: str, card: Path) -> None:
+    "Nothing is trained for over a minute unasked."
+    seconds = json.loads(card.read_text()).get("seconds", 0) if card.exists() else 0
+    if seconds > 60 and os.environ.get("DIFFUSION_NB_MAKE") != "1":
+        raise RuntimeError(
+            f"{name} is not as this code and recipe would make it ({problem}), and making it took {seconds} s. "
+            f"Set DIFFUSION_NB_MAKE=1 to have it made in {user_folder() / 'artifacts'}; what comes with the library stays as it is."
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -124,5 +174,5 @@ def _problem(path: Path, recipe: dict, made_by: str) -> str | None:
     except (ValueError, TypeError, KeyError):
         return "its card is damaged"
     if (recipe_then, code_then) != (recipe, made_by):
-        return "its recipe has changed"
+        return "its recipe has changed" if recipe_then != recipe else "its code has changed"
     return None if sha256 == _sha256(path) else "its file is damaged"

@@ -3,9 +3,10 @@
 import configparser
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
-from diffusion_nb.util.storage import project_root
+from diffusion_nb.util.storage import shipped
 
 
 def ints(text: str) -> tuple[int, ...]:
@@ -28,12 +29,13 @@ def one_of(*names: str) -> Callable[[str], str]:
 def settings(section: str, **types: Callable) -> SimpleNamespace:
     """The settings of one notebook: `settings("07_ddpm", steps=int, lr=float).steps`.
 
-    Values come from `[section]`, then `[section.gpu]` if DIFFUSION_NB_PROFILE=gpu, then DIFFUSION_NB_SET, which holds
+    The file is the library's settings.ini, or the one that DIFFUSION_NB_SETTINGS names. Values come from `[section]`, then `[section.gpu]` if DIFFUSION_NB_PROFILE=gpu, then DIFFUSION_NB_SET, which holds
     `section.key=value` items parted by ';'. Raises ValueError naming the key, the value and what was expected.
     """
     ini = configparser.ConfigParser(interpolation=None)
     ini.optionxform = str  # keys are as they are written
-    ini.read(project_root() / "settings.ini", encoding="utf-8")
+    path = Path(os.environ.get("DIFFUSION_NB_SETTINGS") or shipped("settings.ini"))
+    ini.read_string(path.read_text(encoding="utf-8"), str(path))
     profile = os.environ.get("DIFFUSION_NB_PROFILE", "cpu")
     if profile not in ("cpu", "gpu"):
         raise ValueError(f"DIFFUSION_NB_PROFILE: expected cpu or gpu, got {profile!r}")

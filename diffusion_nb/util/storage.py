@@ -7,18 +7,43 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def checkout() -> Path | None:
+    "The folder of the repository that this package is part of; None where it was installed from a wheel."
+    return PACKAGE.parent if (PACKAGE.parent / "nbs/modules.toml").exists() else None
+
 
 def project_root() -> Path:
-    "The folder that holds `settings.ini`: above the working directory, else above this package."
-    here = Path.cwd().resolve()
-    for folder in (here, *here.parents, Path(__file__).resolve().parents[1] if "__file__" in globals() else here):
-        if (folder / "settings.ini").exists():
-            return folder
-    raise FileNotFoundError(f"no settings.ini in {here} or above it: run from inside the diffusion_nb checkout")
+    "The folder of the repository. Raises FileNotFoundError where the package was installed from a wheel."
+    if root := checkout():
+        return root
+    raise FileNotFoundError(
+        "this needs the notebooks, which an installed package does not have: clone the repository"
+    )
+
+
+def shipped(name: str) -> Path:
+    "A file or folder that comes with the library, to be read only: settings.ini, or artifacts."
+    if root := checkout():
+        return root / {"artifacts": "data/artifacts"}.get(name, name)
+    return PACKAGE / "shipped" / name
+
+
+def user_folder() -> Path:
+    "Where what is made or downloaded is kept: DIFFUSION_NB_HOME, else the system's place for a user's caches."
+    return Path(os.environ.get("DIFFUSION_NB_HOME") or user_cache_path("diffusion_nb"))
+
+
+def downloads() -> Path:
+    "Where data sets are: data/ of the repository, else of the user's folder; DIFFUSION_NB_DATA names another place."
+    return Path(os.environ.get("DIFFUSION_NB_DATA") or (checkout() or user_folder()) / "data")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -27,7 +52,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(draft)
-        with open(draft, "rb") as f:
+        with open(draft, "rb+") as f:  # Windows flushes only what may be written
             os.fsync(f.fileno())
         os.replace(draft, path)
     finally:
