@@ -12,19 +12,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 # %% ../nbs/07_ddpm.ipynb #1aafbcf3
-def continuous_times(u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-    "u uniform on [0, 1) ↦ t uniform on (0, 1]."
+def continuous_times(u: Float[Tensor, " b"], step: int = 0) -> Float[Tensor, " b"]:
+    "t uniform on (0, 1], for u uniform on [0, 1); the same in every training step."
     return 1 - u
 
 
-def chain_times(T: int) -> Callable[[Tensor], Tensor]:
-    "u uniform on [0, 1) ↦ t uniform on 1/T, 2/T, …, 1. (DDPM-14)"
-    return lambda u: ((u * T).floor() + 1) / T
+def chain_times(T: int) -> Callable[[Tensor, int], Tensor]:
+    "(u uniform on [0, 1), training step) ↦ t uniform on 1/T, 2/T, …, 1. (DDPM-14)"
+
+    def times(u, step=0):
+        return ((u * T).floor() + 1) / T
+
+    times.__qualname__ = f"chain_times({T})"
+    return times
 
 # %% ../nbs/14_iddpm.ipynb #a23dbd69
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -37,7 +43,9 @@ class LossHistory(nn.Module):
     T: the steps of the chain.
     memory: losses at each t that the running mean of L_t² spans. Until each t has been seen so often, t is uniform.
     uniform: the share of t that is drawn uniformly ever after, in (0, 1], so that no t is forgotten.
-    Its memory is two buffers, which `Trainer(times=history)` keeps in the checkpoint. Nothing in it waits for a GPU.
+    `remember` collects the losses of a step, whatever part or process they come from; `update`, which `Trainer` calls after each step, takes them
+    in. So the weight of a time is that with which it was drawn, and all processes share one memory. The memory is two buffers, which
+    `Trainer(times=history)` keeps in the checkpoint. Nothing in it waits for a GPU.
     """
 
     def __init__(self, T: int, memory: int = 10, uniform: float = 0.001):
@@ -49,6 +57,9 @@ class LossHistory(nn.Module):
         self.T, self.memory, self.uniform = T, memory, uniform
         self.register_buffer("square", torch.zeros(T, dtype=torch.float64))  # the running mean of L_t²
         self.register_buffer("count", torch.zeros(T, dtype=torch.float64))
+        self.register_buffer(
+            "new", torch.zeros(2, T, dtype=torch.float64), persistent=False
+        )  # how many losses, and their squares
 
     def probabilities(self) -> Float[Tensor, " T"]:
         "p_t for t = 1/T … 1."
@@ -57,7 +68,7 @@ class LossHistory(nn.Module):
         p = torch.where(ready, root / root.sum(), 1 / self.T)
         return torch.lerp(p, torch.full_like(p, 1 / self.T), self.uniform)
 
-    def forward(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def forward(self, u: Float[Tensor, " b"], step: int = 0) -> Float[Tensor, " b"]:
         "The inverse of the distribution function at u."
         cdf = self.probabilities().cumsum(0)
         i = torch.searchsorted(cdf, u.double() * cdf[-1], right=True).clamp(max=self.T - 1)
@@ -77,12 +88,20 @@ class LossHistory(nn.Module):
 
     @torch.no_grad()
     def remember(self, t: Float[Tensor, " b"], losses: Float[Tensor, " b"]) -> None:
-        "Take in one loss at each t; a t may come more than once. Sums are taken in one order, so that the same losses leave the same memory."
+        "Collect one loss at each t; a t may come more than once. Sums are taken in one order, so that the same losses leave the same memory."
         hits = (self.index(t)[:, None] == torch.arange(self.T, device=t.device)).double()
-        n, total = hits.sum(0), losses.double().square() @ hits
+        self.new += torch.stack([hits.sum(0), losses.double().square() @ hits])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        "Take in what was collected since the last update, by all processes."
+        if dist.is_initialized():
+            dist.all_reduce(self.new)
+        n, total = self.new
         rate = n / (self.count + n).clamp(min=1, max=self.memory)
         self.square.lerp_(total / n.clamp(min=1), rate.clamp(max=1))
         self.count.add_(n)
+        self.new.zero_()
 
 
 def weighted(loss: Callable, history: LossHistory) -> Callable:
@@ -124,11 +143,11 @@ def log_normal(schedule: Schedule, mean: float = -1.1, std: float = 2.0) -> Call
 
 
 class Levels(nn.Module):
-    """The steps of a grid, drawn at random: levels(u) is the upper time of one, levels.below(t) the lower. The `times` of a Trainer.
+    """The steps of a grid, drawn at random: levels(u, k) is the upper time of one in training step k, levels.below(t) the lower. The `times` of a Trainer.
 
     Parameters
     ----------
-    grids: training step k ↦ falling times (n+1,), such as `steady(ts)`, `doubling(...)`. The number of the step is kept in the checkpoint.
+    grids: training step k ↦ falling times (n+1,), such as `steady(ts)`, `doubling(...)`.
     density: falling times ↦ how likely each step is (n,), not normalised; all alike if not given.
     Raises ValueError for times that do not fall, and for a time that is not above the lowest.
     """
@@ -136,24 +155,22 @@ class Levels(nn.Module):
     def __init__(self, grids: Callable[[int], Tensor], density: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
         self.grids, self.density = grids, density
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.grid()
+        self.rising = self.grid(0).flip(0).double()
 
-    def grid(self) -> Float[Tensor, " n+1"]:
-        "The falling times of the training step that is next."
-        ts = self.grids(int(self.step))
+    def grid(self, step: int) -> Float[Tensor, " n+1"]:
+        "The falling times of a training step."
+        ts = self.grids(step)
         if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() < 0).all():
             raise ValueError(
                 f"grids: expected times that fall from noise to data, such as edm_grid(schedule, 18, 0.02, 80); got {ts}"
             )
-        self.rising = ts.flip(0).double().to(self.step.device)
         return ts
 
-    def forward(self, u: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        ts = self.grid().double()
+    def forward(self, u: Float[Tensor, " b"], step: int = 0) -> Float[Tensor, " b"]:
+        ts = self.grid(step).double()
+        self.rising = ts.flip(0).to(u.device)
         odds = torch.ones_like(ts[1:]) if self.density is None else self.density(ts)
         reached = (odds.flip(0).cumsum(0) / odds.sum()).to(u.device)
-        self.step.add_(1)
         return self.rising[1:][torch.searchsorted(reached, u.double()).clamp(max=len(ts) - 2)]
 
     def below(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:

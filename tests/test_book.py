@@ -70,8 +70,9 @@ LIBRARY = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in FILES
 def test_library_is_what_the_notebooks_export(tmp_path):
     package = tmp_path / "diffusion_nb"
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".*"))
-    package.mkdir()
-    for path in ("pyproject.toml", "settings.ini", "diffusion_nb/__init__.py"):  # __init__ holds the version
+    hand_written = [p.relative_to(ROOT) for p in (ROOT / "diffusion_nb").rglob("__init__.py")]
+    for path in ("pyproject.toml", "settings.ini", *hand_written):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     done = subprocess.run(
         [Path(sys.executable).with_name("nbdev-export")], cwd=tmp_path, capture_output=True, text=True

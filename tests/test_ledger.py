@@ -158,8 +158,9 @@ def test_table_is_safe_to_show(book):
     assert "<td>p(x|y) &lt; 1<td><b>oracle</b>" in ledger(root).html()
 
 
-def test_command(book, capsys):
+def test_command(book, capsys, monkeypatch):
     root = book({"X-1": ["oracle"]}, code('claim("X-1")', "✓ X-1 one · oracle"))
+    monkeypatch.setattr("diffusion_nb.book.ledger.project_root", lambda: root)
     assert main(["ledger"]) == 0
     assert "| X-1 | it is so | here | 01_a, " in capsys.readouterr().out
     book({"X-1": ["symbolic"]})

@@ -1,6 +1,7 @@
 """A training that is killed, at any moment, goes on as if nothing had happened: the same weights, bit for bit, with one process and with two."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,10 +26,6 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CLI = [sys.executable, "-m", "diffusion_nb"]
 
 
-def torchrun(processes):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "diffusion_nb"]  # fmt: skip
-
-
 def accelerate(processes):
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -36,9 +34,57 @@ def accelerate(processes):
             "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "diffusion_nb"]  # fmt: skip
 
 
-def command(out, *more, by=CLI):
-    return [*by, "train", "--data", "digits", "--out", str(out), "--steps", str(STEPS),
+def words(out, *more):
+    return ["train", "--data", "digits", "--out", str(out), "--steps", str(STEPS),
             "--batch", "16", "--width", "8", "--every", "5", "--device", "cpu", *more]  # fmt: skip
+
+
+# Most processes are forked off one that has imported everything: starting Python and importing PyTorch takes longer than these trainings.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["diffusion_nb.cli.main", "diffusion_nb.recipes.diffusion", "diffusion_nb.training.hooks", "diffusion_nb.training.ema",
+                               "diffusion_nb.generation.generate", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"])  # fmt: skip
+
+
+def work(words, env, log):
+    "The command line, in a forked process."
+    from diffusion_nb.cli.main import main
+
+    os.environ.update(env)
+    for fd in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    sys.exit(main(words))
+
+
+class Run:
+    "One process, or `world` of them that train together, as a launcher would start them."
+
+    def __init__(self, words, world=1):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = str(s.getsockname()[1])
+        self.log = Path(tempfile.mkstemp()[1])
+        about = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+        envs = [about | {"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {} for r in range(world)]
+        self.processes = [SERVER.Process(target=work, args=(words, env, self.log)) for env in envs]
+        for process in self.processes:
+            process.start()
+
+    def alive(self):
+        return all(process.is_alive() for process in self.processes)
+
+    def kill(self, sig, rank=None):
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            os.kill(process.pid, sig)
+
+    def end(self):
+        "Waits; returns the exit statuses and what was said."
+        for process in self.processes:
+            process.join(HANGS)
+        text = self.log.read_text()
+        self.log.unlink()
+        return [process.exitcode for process in self.processes], text
 
 
 def weights(out):
@@ -54,10 +100,15 @@ def difference(out, reference):
     return max((weights(out)[k] - v).abs().max().item() for k, v in reference.items())
 
 
-def train(out, *more, by=CLI):
-    done = subprocess.run(command(out, *more, by=by), env=ENV, capture_output=True, text=True, timeout=HANGS)
+def train(out, *more, world=1):
+    codes, said = Run(words(out, *more), world).end()
+    assert codes == [0] * world, said
+    return said
+
+
+def launch(out, *more, by):
+    done = subprocess.run([*by, *words(out, *more)], env=ENV, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
-    return done
 
 
 def losses(out):
@@ -79,7 +130,7 @@ def uninterrupted(whole):
 @pytest.fixture(scope="module")
 def whole_pair(tmp_path_factory):
     out = tmp_path_factory.mktemp("pair")
-    train(out, by=torchrun(2))
+    launch(out, by=accelerate(2))  # which starts processes as torchrun does
     return out
 
 
@@ -88,29 +139,22 @@ def uninterrupted_pair(whole_pair):
     return weights(whole_pair)
 
 
-def ranks(run):
-    "The processes that train, among those that a launcher started."
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]
-    rows = [(int(a), int(b), c) for a, b, c in (line.split(None, 2) for line in listed)]
-    return [pid for pid, parent, args in rows if parent == run.pid and "diffusion_nb" in args]
-
-
-def start(out, *more, by=CLI):
+def start(out, *more, world=1):
     "Start training and wait for the first checkpoint."
-    run = subprocess.Popen(command(out, *more, by=by), env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    run = Run(words(out, *more), world)
     while not (out / "checkpoint.safetensors").exists():
-        assert run.poll() is None, run.communicate()
+        assert run.alive(), run.end()
         time.sleep(0.002)
     return run
 
 
 def start_and_signal(out, sig, after):
-    "Start training, wait for the first checkpoint and a little longer, send the signal; returns the process, ended."
+    "Start training, wait for the first checkpoint and a little longer, send the signal; returns (exit status, what was said)."
     run = start(out)
     time.sleep(after)
-    run.send_signal(sig)
-    run.said = run.communicate(timeout=HANGS)
-    return run
+    run.kill(sig)
+    (code,), said = run.end()
+    return code, said
 
 
 def steps_here(out):
@@ -120,8 +164,8 @@ def steps_here(out):
 @pytest.mark.parametrize("kill", range(3))
 def test_killed_training_resumes_bit_for_bit(kill, uninterrupted, tmp_path):
     delay = float(torch.rand(1, generator=torch.Generator().manual_seed(kill))) * 0.6
-    run = start_and_signal(tmp_path, signal.SIGKILL, delay)
-    assert run.returncode == -signal.SIGKILL, "it had ended before it was killed: nothing was tested"
+    code, _ = start_and_signal(tmp_path, signal.SIGKILL, delay)
+    assert code == -signal.SIGKILL, "it had ended before it was killed: nothing was tested"
     assert not (tmp_path / "model.safetensors").exists()
     train(tmp_path)
     assert 0 < steps_here(tmp_path) <= STEPS - 5  # it did not start again
@@ -132,9 +176,9 @@ def test_killed_training_resumes_bit_for_bit(kill, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_an_asked_stop_saves_and_says_how_to_go_on(sig, uninterrupted, tmp_path):
-    run = start_and_signal(tmp_path, sig, 0.05)
-    assert run.returncode == 130
-    said = re.search(rf"stopped after step (\d+) of {STEPS}; run again to go on from", run.said[1])
+    code, text = start_and_signal(tmp_path, sig, 0.05)
+    assert code == 130
+    said = re.search(rf"stopped after step (\d+) of {STEPS}; run again to go on from", text)
     assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == said[1]
     train(tmp_path)
     assert steps_here(tmp_path) == STEPS - int(said[1])
@@ -147,27 +191,23 @@ def test_a_truncated_checkpoint_is_passed_over(uninterrupted, tmp_path):
     if not Path(f"{checkpoint}.1").exists():
         shutil.copy(checkpoint, f"{checkpoint}.1")
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    done = train(tmp_path)
-    assert (
-        "checkpoint.safetensors is damaged" in done.stderr
-        and "going on from checkpoint.safetensors.1" in done.stderr
-    )
+    said = train(tmp_path)
+    assert "checkpoint.safetensors is damaged" in said and "going on from checkpoint.safetensors.1" in said
     assert steps_here(tmp_path) < STEPS
     assert same(tmp_path, uninterrupted)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     start_and_signal(tmp_path, signal.SIGKILL, 0)
-    run = subprocess.run(command(tmp_path, "--seed", "5"), env=ENV, capture_output=True, text=True)
-    assert run.returncode == 1
-    assert "is of another run (seed 0 → 5)" in run.stderr
+    codes, said = Run(words(tmp_path, "--seed", "5")).end()
+    assert codes == [1] and "is of another run (seed 0 → 5)" in said
 
 
 # two processes
 
 
 def test_two_processes_train_as_one(whole, whole_pair, tmp_path):
-    train(tmp_path, "--shard", "--accumulate", "2", by=accelerate(2))
+    train(tmp_path, "--shard", "--accumulate", "2", world=2)
     for out in (whole_pair, tmp_path):
         assert losses(out) == pytest.approx(losses(whole), abs=1e-5)
         assert difference(out, weights(whole)) < 1e-4
@@ -178,65 +218,50 @@ def test_two_processes_train_as_one(whole, whole_pair, tmp_path):
 
 @pytest.mark.parametrize("kill", range(2))
 def test_a_killed_pair_resumes_bit_for_bit(kill, uninterrupted_pair, tmp_path):
-    run = start(tmp_path, by=torchrun(2))
+    run = start(tmp_path, world=2)
     time.sleep(float(torch.rand(1, generator=torch.Generator().manual_seed(kill))) * 0.5)
-    assert len(ranks(run)) == 2
-    os.killpg(run.pid, signal.SIGKILL)
-    for pid in ranks(run):
-        os.kill(pid, signal.SIGKILL)
-    run.communicate(timeout=HANGS)
+    run.kill(signal.SIGKILL)
+    run.end()
     assert not (tmp_path / "model.safetensors").exists(), "it had ended before it was killed: nothing was tested"
-    train(tmp_path, by=torchrun(2))
+    train(tmp_path, world=2)
     assert 0 < steps_here(tmp_path) <= STEPS - 5
     assert same(tmp_path, uninterrupted_pair)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_when_one_of_two_dies_the_other_stops_and_one_alone_goes_on(rank, uninterrupted, tmp_path):
-    run = start(tmp_path, by=torchrun(2))
-    os.kill(ranks(run)[rank], signal.SIGKILL)
-    said = run.communicate(timeout=HANGS)  # no hang
-    assert run.returncode != 0
-    assert re.search(r"process [01] of 2 stops after step \d+: .*\nIf another process died", said[1]), said[1]
-    assert not ranks(run)
+    run = start(tmp_path, world=2)
+    run.kill(signal.SIGKILL, rank)
+    codes, said = run.end()  # no hang
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
+    assert re.search(rf"process {1 - rank} of 2 stops after step \d+: .*\nIf another process died", said), said
     train(tmp_path)  # another number of processes
     assert 0 < steps_here(tmp_path) < STEPS
     assert difference(tmp_path, uninterrupted) < 1e-4
 
 
 def test_a_pair_that_is_asked_to_stop_saves_together(uninterrupted_pair, tmp_path):
-    run = start(tmp_path, by=torchrun(2))
-    run.send_signal(signal.SIGTERM)
-    said = run.communicate(timeout=HANGS)
-    step = re.search(rf"stopped after step (\d+) of {STEPS}; run again", said[1])
+    run = start(tmp_path, world=2)
+    run.kill(signal.SIGTERM)
+    codes, said = run.end()
+    assert codes == [130, 130]
+    step = re.search(rf"stopped after step (\d+) of {STEPS}; run again", said)
     assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == step[1]
-    train(tmp_path, by=torchrun(2))
+    train(tmp_path, world=2)
     assert same(tmp_path, uninterrupted_pair)
 
 
-def sample(out, *more, by=CLI):
-    words = [
-        "sample",
-        "--pictures",
-        "14",
-        "--steps",
-        "3",
-        "--batch",
-        "4",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-        *more,
-    ]
-    done = subprocess.run([*by, *words], env=ENV, capture_output=True, text=True, timeout=HANGS)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def sample(out, world=1):
+    codes, said = Run(
+        ["sample", "--pictures", "14", "--steps", "3", "--batch", "4", "--device", "cpu", "--out", str(out)], world
+    ).end()
+    assert codes == [0] * world, said
+    return said
 
 
 def test_two_processes_draw_the_pictures_of_one(tmp_path):
     sample(tmp_path / "one")
-    assert sample(tmp_path / "two", by=torchrun(2)).count("14 pictures:") == 1
+    assert sample(tmp_path / "two", world=2).count("14 pictures:") == 1
     one, two = (load_file(tmp_path / k / "samples.safetensors") for k in ("one", "two"))
     assert one["seeds"].tolist() == list(range(14)) and one["labels"].tolist() == [i % 10 for i in range(14)]
     assert one.keys() == two.keys() and all(two[k].equal(v) for k, v in one.items())
@@ -256,12 +281,12 @@ def on_a_small_disk(folder, mount):
 
 
 def test_a_full_disk_is_said_at_the_start(tmp_path):
-    done = on_a_small_disk(tmp_path, "-o size=1m")(" ".join(command(tmp_path)))
+    done = on_a_small_disk(tmp_path, "-o size=1m")(" ".join([*CLI, *words(tmp_path)]))
     assert done.returncode == 1
     assert "there must be room for 3 checkpoints of" in done.stderr
 
 
 def test_a_read_only_folder_is_said_at_the_start(tmp_path):
-    done = on_a_small_disk(tmp_path, "-o ro")(" ".join(command(tmp_path)))
+    done = on_a_small_disk(tmp_path, "-o ro")(" ".join([*CLI, *words(tmp_path)]))
     assert done.returncode == 1
     assert "no checkpoint can be written there (Read-only file system)" in done.stderr

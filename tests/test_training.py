@@ -1,5 +1,6 @@
 """The parts of a training step, one by one."""
 
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -11,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusion_nb.denoisers import NetDenoiser
+from diffusion_nb.denoisers import NetDenoiser, predict_v
 from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import TARGETS
-from diffusion_nb.schedules import CosineSchedule
-from diffusion_nb.time_samplers import continuous_times
+from diffusion_nb.schedules import CosineSchedule, VPSchedule
+from diffusion_nb.time_samplers import chain_times, continuous_times
 from diffusion_nb.training.lr import warmup_constant, warmup_cosine
 from diffusion_nb.training.trainer import Trainer, flip_half
 from diffusion_nb.util.images import as_bytes
@@ -39,9 +40,9 @@ class Scale(nn.Module):
         return self.w * x
 
 
-def trainer(denoiser=None, **options) -> Trainer:
+def trainer(denoiser=None, x0=PICTURES, **options) -> Trainer:
     denoiser = denoiser or NetDenoiser(Scale(), CosineSchedule())
-    return Trainer(denoiser, PICTURES, **dict(steps=20, lr=lambda k: 0.1, batch=16, device="cpu") | options)
+    return Trainer(denoiser, x0, **dict(steps=20, lr=lambda k: 0.1, batch=16, device="cpu") | options)
 
 
 def test_average_follows_its_recursion():
@@ -63,6 +64,112 @@ def test_the_average_carries_no_graph():
 class Layers(nn.Sequential):
     def forward(self, x, t):
         return super().forward(x)
+
+
+class Buffered(nn.Module):
+    "A network with statistics of BatchNorm, and with random frequencies that are a buffer."
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(4), nn.Linear(8, 4)
+        self.register_buffer("frequencies", torch.randn(4))
+
+    def forward(self, x, t):
+        wave = (t[:, None] * self.frequencies).cos()
+        return self.layer(torch.cat([self.norm(x.flatten(1)), wave], 1)).reshape(x.shape)
+
+
+def test_buffers_are_in_the_checkpoint_and_in_the_average(tmp_path):
+    def run(checkpoint=None):
+        return trainer(NetDenoiser(Buffered(), CosineSchedule()), steps=20, checkpoint=checkpoint)
+
+    first = run(tmp_path / "c")
+    first.fit()
+    again = run(tmp_path / "c")
+    end = again.fit()
+    assert end.net.norm.num_batches_tracked == 20 and end.net.norm.running_mean.abs().max() > 0
+    for name, v in first.denoiser.named_buffers():
+        for other in (first.average, again.denoiser, again.average):
+            assert other.get_buffer(name).equal(v), name
+
+
+@pytest.mark.parametrize("other", [
+    dict(x0=-PICTURES), dict(ema=0.5), dict(lr=lambda k: 0.2), dict(loss=lambda *a, **k: denoising_loss(*a, **k)), dict(clip=2.0),
+    dict(denoiser=NetDenoiser(Scale(), CosineSchedule(), predict_v)), dict(denoiser=NetDenoiser(Scale(), VPSchedule())),
+    dict(seed=1), dict(batch=8), dict(augment=flip_half), dict(times=chain_times(10)), dict(betas=(0.9, 0.9)),
+], ids=lambda d: next(iter(d)))  # fmt: skip
+def test_another_run_is_refused(tmp_path, other):
+    trainer(checkpoint=tmp_path / "c").fit()
+    with pytest.raises(ValueError, match="is of another run"):
+        trainer(checkpoint=tmp_path / "c", **other)
+
+
+def test_more_steps_go_on_and_fewer_are_refused(tmp_path):
+    trainer(checkpoint=tmp_path / "c").fit()
+    longer = trainer(checkpoint=tmp_path / "c", steps=30)
+    assert longer.step == 20
+    whole = trainer(steps=30)
+    assert all(a.equal(b) for a, b in zip(longer.fit().parameters(), whole.fit().parameters(), strict=True))
+    with pytest.raises(ValueError, match="is of step 30, and 20 were asked for"):
+        trainer(checkpoint=tmp_path / "c")
+
+
+COLUMNS = torch.arange(16.0).repeat(N, 1) + 1
+
+
+@pytest.mark.parametrize("null", [0, torch.zeros(16)], ids=["a number", "one of its shape"])
+def test_conditions_of_any_shape_are_left_out_row_by_row(null):
+    "As many columns as pictures in the batch: a mask that is not reshaped would fall on the columns."
+    run = trainer(cond={"y": COLUMNS}, null=null, drop=0.4)
+    gone = torch.cat([(run_y["y"] == 0) for k in range(20) for *_, run_y in run.draw(k)])
+    assert (gone.all(1) | ~gone.any(1)).all()
+    assert abs(gone[:, 0].double().mean().item() - 0.4) < 4 * (0.24 / 320) ** 0.5
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_several_conditions_are_left_out_together_or_apart(apart):
+    run = trainer(cond={"y": LABELS, "text": COLUMNS}, null={"y": N, "text": 0.0}, drop=0.4, apart=apart)
+    both = [(c["y"] == N, (c["text"] == 0).all(1)) for k in range(20) for *_, c in run.draw(k)]
+    y, text = (torch.cat(v).double() for v in zip(*both, strict=True))
+    for share in (y, text):
+        assert abs(share.mean().item() - 0.4) < 4 * (0.24 / 320) ** 0.5
+    assert y.equal(text) != apart
+    assert not apart or abs((y * text).mean().item() - 0.16) < 4 * (0.16 * 0.84 / 320) ** 0.5
+
+
+@pytest.mark.parametrize("cond, null, said", [
+    ({"y": LABELS}, 3, r"y: 1 of the labels are 3, which is null and means any"),
+    ({}, 3, "there is no condition 'y' to leave out; there are: none"),
+    ({"y": COLUMNS}, torch.zeros(3), r"the shape of one y, \(16,\); got \(3,\)"),
+])  # fmt: skip
+def test_a_null_that_cannot_be_meant(cond, null, said):
+    with pytest.raises(ValueError, match=said):
+        trainer(cond=cond, null=null)
+
+
+def test_conditions_that_are_pictures_are_augmented_alike():
+    slope = torch.linspace(-1, 1, 4).expand(N, 1, 4, 4) * torch.linspace(0.5, 1, N).reshape(N, 1, 1, 1)
+    run = Trainer(NetDenoiser(Scale(), CosineSchedule()), slope, steps=1, lr=lambda k: 0.1, batch=32, device="cpu",
+                  cond={"low": 0.5 * slope}, augment=flip_half)  # fmt: skip
+    ((x0, _, _, cond),) = run.draw(0)
+    assert cond["low"].equal(0.5 * x0) and 0 < (x0[..., 0] > 0).double().mean() < 1
+
+
+@pytest.mark.parametrize(
+    "x0, says", [((PICTURES + 1) / 2, "from 0.5 to 0.99"), (255 * PICTURES, "from 0 to 249.9")]
+)
+def test_pictures_in_another_range_are_warned_of(x0, says):
+    with pytest.warns(UserWarning, match=f"expected from -1 to 1, and these go {says}.*x0 / 127.5 - 1"):
+        trainer(x0=x0)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(steps=-1), dict(steps=1.5), dict(batch=0), dict(every=0), dict(read=0), dict(ema=1.0), dict(ema=math.nan), dict(ema=-0.1),
+    dict(drop=1.5), dict(clip=0.0), dict(lr=lambda k: math.nan), dict(lr=lambda k: -1.0), dict(accumulate=0),
+], ids=lambda d: f"{next(iter(d))}")  # fmt: skip
+def test_numbers_are_checked_at_the_door(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        trainer(**wrong)
 
 
 def test_memory_is_flat_over_steps():
@@ -149,7 +256,7 @@ def test_times_with_a_memory_are_asked_once_a_step():
             super().__init__()
             self.register_buffer("calls", torch.zeros(()))
 
-        def forward(self, u):
+        def forward(self, u, step):
             self.calls += 1
             return 1 - u
 

@@ -57,6 +57,12 @@ def snapshot_weights(
     return torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution[:n, 0]
 
 
+def followed(denoiser: Denoiser) -> dict[str, Tensor]:
+    "Parameters and floating-point buffers, such as the statistics of BatchNorm, by name."
+    buffers = {name: v for name, v in denoiser.named_buffers() if v.is_floating_point()}
+    return dict(denoiser.named_parameters()) | buffers
+
+
 class PowerEMA(nn.Module):
     """A hook: averages of the weights with power profiles of these widths. (EMA-power)
 
@@ -76,10 +82,10 @@ class PowerEMA(nn.Module):
         check_every(every)
         self.widths = {s: power_gamma(s) for s in sigma_rels}
         self.folder, self.every = Path(folder) if folder else None, every
-        self.names = tuple(name for name, _ in denoiser.named_parameters())
+        self.names = tuple(followed(denoiser))
         for s in self.widths:
-            for name, p in denoiser.named_parameters():
-                self.register_buffer(self._buffer(s, name), p.detach().clone())
+            for name, v in followed(denoiser).items():
+                self.register_buffer(self._buffer(s, name), v.detach().clone())
 
     def _buffer(self, sigma_rel: float, name: str) -> str:
         return f"{sigma_rel}/{name}".replace(".", "/")
@@ -94,13 +100,14 @@ class PowerEMA(nn.Module):
 
     @torch.no_grad()
     def forward(self, trainer: Trainer) -> None:
-        if tuple(trainer.names) != self.names:
+        now = followed(trainer.denoiser)
+        if tuple(now) != self.names:
             raise ValueError(
                 "PowerEMA: made for another denoiser than the one that is trained; expected PowerEMA(denoiser) and Trainer(denoiser, …) of the same"
             )
-        params = [whole(p) for p in trainer.params]
+        values = [whole(v) for v in now.values()]
         for s, gamma in self.widths.items():
-            torch._foreach_lerp_([*self.average(s).values()], params, 1 - power_decay(gamma, trainer.step))
+            torch._foreach_lerp_([*self.average(s).values()], values, 1 - power_decay(gamma, trainer.step))
         if self.folder and not trainer.rank and (trainer.step % self.every == 0 or trainer.step == trainer.steps):
             for s in self.widths:
                 about = dict(step=str(trainer.step), sigma_rel=repr(s))

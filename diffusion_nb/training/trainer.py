@@ -21,8 +21,9 @@ from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.noise import Noise
 from diffusion_nb.time_samplers import continuous_times
 from diffusion_nb.training.checkpoints import Checkpoints
+from diffusion_nb.training.identity import data_hash, name_of, network_hash
 from diffusion_nb.training.sharding import Objective, divide, put, whole
-from diffusion_nb.util.checks import check_finite, default_device
+from diffusion_nb.util.checks import check_null, check_numbers, check_pictures, default_device
 from diffusion_nb.util.interrupts import deferred_interrupt
 from diffusion_nb.util.profiling import largest_that_fits
 from diffusion_nb.util.storage import check_fits
@@ -35,9 +36,11 @@ class Trainer:
     ----------
     denoiser: trained in place. x0: the data, (n, …), finite; bytes stand for [-1, 1]. Kept on the device where it fits.
     steps, batch, lr: how many steps, pictures a step, and k ↦ learning rate (such as `warmup_cosine(3e-3, 100, steps)`).
-    cond: what belongs to each picture, e.g. {"y": labels}. With `null`, label y is replaced by it with probability `drop`.
-    times: u ↦ t (`continuous_times`, `chain_times(T)`); if a module, its buffers are kept in the checkpoint. loss: as `denoising_loss`, one number a sample.
-    augment: (pictures, uniform numbers (b,)) ↦ pictures, such as `flip_half`.
+    cond: what belongs to each picture, e.g. {"y": labels}. null: what stands for "any" in place of y, or {name: that} for several conditions; each
+    picture's are replaced by it with probability `drop`, all at once, or each by itself with `apart`.
+    times: (u, step) ↦ t (`continuous_times`, `chain_times(T)`); if a module, its buffers are kept in the checkpoint, and its `update()`, if it has one, is called after each step.
+    loss: as `denoising_loss`, one number a sample.
+    augment: (pictures, uniform numbers (b,)) ↦ pictures, such as `flip_half`; conditions that are pictures are changed alike.
     ema: the decay of the averaged weights. clip: the largest gradient norm. betas: of AdamW. seed: of everything.
     device: the GPU if there is one. bf16: autocast. compile: torch.compile the network.
     checkpoint: a file, written every `every` steps and at the end, the `keep` last ones beside it as FILE.1, …; training goes on from the newest that is whole.
@@ -50,23 +53,32 @@ class Trainer:
     """
 
     def __init__(self, denoiser: Denoiser, x0: Tensor, *, steps: int, lr: Callable[[int], float],
-                 batch: int = 128, cond: dict[str, Tensor] | None = None, null: int | None = None, drop: float = 0.1,
+                 batch: int = 128, cond: dict[str, Tensor] | None = None, null: int | Tensor | dict | None = None, drop: float = 0.1, apart: bool = False,
                  times: Callable = continuous_times, loss: Callable = denoising_loss, augment: Callable | None = None,
                  ema: float = 0.9999, clip: float = 1.0, betas: tuple[float, float] = (0.9, 0.999), seed: int = 0,
                  device=None, bf16: bool = False, compile: bool = False, checkpoint: Path | str | None = None,
                  every: int = 1000, keep: int = 2, accumulate: int = 1, read: int = 50, skip: bool = False,
                  hooks: Sequence[Callable] = (), shard: bool = False):  # fmt: skip
-        check_finite(x0, "x0")
+        self.null = null if isinstance(null, dict) else {} if null is None else {"y": null}
+        check_pictures(x0)
         check_cond(denoiser, len(x0), cond or {})
+        check_null(self.null, cond or {})
+        check_numbers(
+            steps=(steps, 0), batch=(batch, 1), every=(every, 1), accumulate=(accumulate, 1), read=(read, 1)
+        )
+        if not (0 <= ema < 1 and 0 <= drop <= 1 and clip > 0 and math.isfinite(lr(0)) and lr(0) >= 0):
+            raise ValueError(f"expected ema in [0, 1), drop in [0, 1], clip above 0 and a learning rate of 0 or more; got {ema}, {drop}, {clip}, {lr(0)}")  # fmt: skip
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device(device) if device else default_device()
-        self.steps, self.lr, self.batch, self.null, self.drop, self.times = steps, lr, batch, null, drop, times
+        self.steps, self.lr, self.batch, self.drop, self.apart, self.times = steps, lr, batch, drop, apart, times
         self.loss, self.augment, self.decay, self.clip, self.seed, self.bf16 = loss, augment, ema, clip, seed, bf16
+        self.betas = betas
         self.accumulate, self.read, self.skip, self.hooks, self.shard = accumulate, read, skip, hooks, shard
         on_cpu = self.device.type == "cpu"  # torch.manual_seed also queues calls for a GPU that is not used
         self.reseed = (
             torch.default_generator.manual_seed if on_cpu else torch.get_device_module(self.device).manual_seed
         )
+        self.network = network_hash(denoiser)
         self._place_network(denoiser, betas, compile)
         self._place_data(x0, cond or {})
         keeps = {"times": times} | {f"hook{i}": hook for i, hook in enumerate(hooks)}
@@ -106,6 +118,7 @@ class Trainer:
                 self.model = DistributedDataParallel(self.model, broadcast_buffers=False)
             self.sync = partial(setattr, self.model, "require_backward_grad_sync")
         self.names, self.params = zip(*denoiser.named_parameters(), strict=True)
+        self.buffers, self.average_buffers = list(denoiser.buffers()), list(self.average.buffers())
         self.averages = (
             [p.detach().clone() for p in self.params] if self.shard else list(self.average.parameters())
         )
@@ -121,9 +134,12 @@ class Trainer:
         fits = self.device.type == "cpu" or x0.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2
         home = self.device if fits else torch.device("cpu")
         self.x0, self.cond = x0.to(home), {name: values.to(home) for name, values in cond.items()}
+        self.null = {
+            name: torch.as_tensor(v, dtype=cond[name].dtype, device=home) for name, v in self.null.items()
+        }
         far = 2**40 * (self.seed + 1)  # from the seeds that people give to samples
         slots = torch.arange(self.batch) + far
-        self.choices = Noise(slots, (8,), home)
+        self.choices = Noise(slots, (8 + 2 * len(self.null),), home)  # two numbers a column of bits
         size, left = divmod(self.batch, self.world * self.accumulate)
         if left or not size:
             raise ValueError(f"batch: {self.batch} pictures cannot be shared out to {self.world} processes × {self.accumulate} parts; "
@@ -137,22 +153,27 @@ class Trainer:
         uniform = ((self.choices.bits(k) >> 11) & (2**53 - 1)).double() * 2.0**-53
         pick = (uniform[:, 0] * len(self.x0)).long()
         slot = torch.arange(self.batch, device=uniform.device, dtype=torch.float64) / self.batch
-        t = self.times(((uniform[0, 3] + slot) % 1).to(self.device))
+        t = self.times(((uniform[0, 3] + slot) % 1).to(self.device), k)
         for (_, mine), noise in zip(self.parts, self.noises, strict=True):
             cond = {name: values[pick[mine]] for name, values in self.cond.items()}
-            if self.null is not None:
-                cond["y"] = torch.where(uniform[mine, 1] < self.drop, self.null, cond["y"])
-            x0, *rest = (
-                v.to(self.device, non_blocking=True)
-                for v in (self.x0[pick[mine]], uniform[mine, 2], *cond.values())
-            )
-            if x0.dtype == torch.uint8:
-                x0 = x0 / 127.5 - 1
-            if self.augment:
-                x0 = self.augment(x0, rest[0])
-            if x0.ndim == 4:
-                x0 = x0.to(memory_format=self.layout)
-            yield x0, t[mine], noise(k), dict(zip(cond, rest[1:], strict=True))
+            for i, (name, null) in enumerate(self.null.items()):
+                left_out = uniform[mine, 3 + i if self.apart and i else 1] < self.drop
+                cond[name] = torch.where(left_out.reshape(-1, *(1,) * (cond[name].ndim - 1)), null, cond[name])
+            turn = uniform[mine, 2].to(self.device, non_blocking=True)
+            cond = {
+                name: self._picture(v, turn) if v.ndim == 4 else v.to(self.device, non_blocking=True)
+                for name, v in cond.items()
+            }
+            yield self._picture(self.x0[pick[mine]], turn), t[mine], noise(k), cond
+
+    def _picture(self, x: Tensor, turn: Tensor) -> Tensor:
+        "x on the device, from -1 to 1, augmented and laid out for the network."
+        x = x.to(self.device, non_blocking=True)
+        if x.dtype == torch.uint8:
+            x = x / 127.5 - 1
+        if self.augment:
+            x = self.augment(x, turn)
+        return x.to(memory_format=self.layout) if x.ndim == 4 else x
 
     def train_step(self) -> Tensor:
         "One step; returns the loss of this process's pictures without waiting for it."
@@ -175,6 +196,10 @@ class Trainer:
         decay = min(self.decay, (1 + self.step) / (10 + self.step))  # short memory at first
         with torch.no_grad():
             torch._foreach_lerp_(self.averages, self.params, 1 - decay)
+            if self.buffers:
+                torch._foreach_copy_(self.average_buffers, self.buffers)
+        if update := getattr(self.times, "update", None):
+            update()
         self.step += 1
         return total
 
@@ -210,8 +235,9 @@ class Trainer:
             raise KeyboardInterrupt(f"stopped after step {self.step} of {self.steps}; "
                                     + (f"run again to go on from {self.checkpoints.path}" if self.checkpoints else "nothing was saved"))  # fmt: skip
         if self.shard:
-            for average, v in zip(self.average.parameters(), self.averages, strict=True):
-                average.copy_(whole(v))
+            with torch.no_grad():
+                for average, v in zip(self.average.parameters(), self.averages, strict=True):
+                    average.copy_(whole(v))
         return self.average
 
     def _loop(self, bar, enough: Callable[[], bool]) -> None:
@@ -271,7 +297,11 @@ class Trainer:
         return need + f"{n} fit. accumulate={parts} trains the same batch in parts; or take batch={smaller}"
 
     def _run(self) -> dict:
-        return dict(seed=self.seed, batch=self.batch, steps=self.steps, data=list(self.x0.shape))
+        "What makes this run another than others. More steps are the same run, gone on with."
+        return dict(seed=self.seed, batch=self.batch, data=list(self.x0.shape), pictures=data_hash(self.x0, self.cond),
+                    network=self.network, loss=name_of(self.loss), times=name_of(self.times), lr=self.lr(0), ema=self.decay,
+                    clip=self.clip, betas=list(self.betas), drop=self.drop, null={k: v.tolist() for k, v in self.null.items()},
+                    augment=name_of(self.augment))  # fmt: skip
 
     def _tensors(self) -> dict[str, Tensor]:
         "Weights, averages, the optimiser's moments, and the memory of `times` and hooks, by name."
@@ -280,7 +310,8 @@ class Trainer:
             m: [s[m] for s in state] for m in ("exp_avg", "exp_avg_sq")
         }
         return {f"{part}.{name}": v.detach() for part, values in parts.items()
-                for name, v in zip(self.names, values, strict=True)} | self.memory  # fmt: skip
+                for name, v in zip(self.names, values, strict=True)} | {
+                f"buffer.{name}": v for name, v in self.denoiser.named_buffers()} | self.memory  # fmt: skip
 
     def save(self) -> None:
         "Write the checkpoint, whole or not at all. Raises OSError where it cannot be written: those before are as they were."
@@ -305,12 +336,16 @@ class Trainer:
         tensors, about = self.checkpoints.load()
         about = {k: json.loads(v) for k, v in about.items()}
         now, own, file = self._run(), self._tensors(), self.checkpoints.path
-        if differ := [f"{k} {about['run'].get(k)} → {v}" for k, v in now.items() if about["run"].get(k) != v]:
-            raise ValueError(f"{file} is of another run ({', '.join(differ)}); name another file, or delete it")
         names = {k for k in own.keys() | tensors.keys() if not k.startswith(("average.", "exp_avg"))}
         check_fits(*({k: part[k] for k in names & part.keys()} for part in (own, tensors)), str(file))
+        if differ := [f"{k} {about['run'].get(k)} → {v}" for k, v in now.items() if about["run"].get(k) != v]:
+            raise ValueError(f"{file} is of another run ({', '.join(differ)}); name another file, or delete it")
+        if about["step"] > self.steps:
+            raise ValueError(f"{file} is of step {about['step']}, and {self.steps} were asked for; name another file, or delete it")  # fmt: skip
         for name, v in own.items():
             put(v, tensors[name])
+        for average, v in zip(self.average_buffers, self.buffers, strict=True):
+            average.copy_(v)
         self.step = self.saved = about["step"]
         self.losses = [tuple(row) for row in about["losses"]]
         self.skipped.fill_(about["skipped"])

@@ -1,5 +1,6 @@
 """Checks of arguments, with errors that say what was expected."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -37,9 +38,53 @@ def check_labels(y: Tensor, classes: int) -> None:
         )
 
 
+def check_numbers(**named: tuple[int, int]) -> None:
+    "Raise ValueError unless each is a whole number of at least so much: check_numbers(batch=(batch, 1))."
+    for name, (value, least) in named.items():
+        if isinstance(value, bool) or int(value) != value or value < least:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
+
+
+def check_pictures(x0: Tensor) -> None:
+    "Raise ValueError for NaN and infinities; warn of pictures whose range is not [-1, 1]."
+    if not isinstance(x0, Tensor):
+        raise ValueError(f"x0: expected a tensor, (n, …), got {type(x0).__name__}; torch.as_tensor makes one")
+    if not len(x0):
+        raise ValueError("x0: expected at least one picture, got none")
+    check_finite(x0, "x0")
+    if x0.ndim == 4 and x0.is_floating_point():
+        low, high = (v.item() for v in x0[:4096].aminmax())
+        if low >= 0 or high > 1.5:
+            warnings.warn(
+                f"x0: pictures are expected from -1 to 1, and these go from {low:g} to {high:g}. "
+                "From [0, 1] take x0 * 2 - 1; from [0, 255], x0 / 127.5 - 1, or bytes as they are",
+                stacklevel=3,
+            )
+
+
+def check_null(null: dict[str, int | Tensor], cond: dict[str, Tensor]) -> None:
+    "Raise ValueError where `null` stands for no condition, is not shaped like one, or is a label that pictures have."
+    for name, value in null.items():
+        if name not in cond:
+            raise ValueError(
+                f"null: there is no condition {name!r} to leave out; there are: {', '.join(cond) or 'none'}"
+            )
+        value, values = torch.as_tensor(value), cond[name]
+        if value.ndim and value.shape != values.shape[1:]:
+            raise ValueError(
+                f"null: expected a number, or the shape of one {name}, {tuple(values.shape[1:])}; got {tuple(value.shape)}"
+            )
+        if values.ndim == 1 and not values.is_floating_point() and (taken := int((values == value).sum())):
+            raise ValueError(
+                f"{name}: {taken} of the labels are {int(value)}, which is null and means any; number the classes from 0 to {int(value) - 1}"
+            )
+
+
 def check_finite(x: Tensor, name: str) -> None:
     "Raise ValueError where `x` holds a NaN or an infinity."
-    if not torch.isfinite(x).all():
+    if not x.is_floating_point() and not x.is_complex():
+        return
+    if not all(part.isfinite().all() for part in x.split(4096) or [x]):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{name}: {bad} of its {x.numel()} values are NaN or infinite; clean or drop them first")
 

@@ -1,0 +1,48 @@
+"""What a training run is made of, in a few words and hashes, so that another one is not taken for it."""
+
+import hashlib
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from diffusion_nb.denoisers import Denoiser
+
+ROWS = 4096  # of the data that are looked at
+
+
+def name_of(f) -> str:
+    "What a function, a partial or an object is called: `denoising_loss(weight=snr)`."
+    if isinstance(f, partial):
+        given = [name_of(v) for v in f.args] + [f"{k}={name_of(v)}" for k, v in f.keywords.items()]
+        return f"{name_of(f.func)}({', '.join(given)})"
+    if f is None or isinstance(f, bool | int | float | str):
+        return repr(f)
+    return getattr(f, "__qualname__", type(f).__qualname__)
+
+
+def data_hash(x0: Tensor, cond: dict[str, Tensor]) -> str:
+    "A hash of the data, or of 4096 rows evenly spread where there are more."
+    digest = hashlib.sha256()
+    rows = torch.arange(0, len(x0), max(1, len(x0) // ROWS))
+    for name, v in (("x0", x0), *sorted(cond.items())):
+        digest.update(f"{name} {v.dtype} {tuple(v.shape)}".encode())
+        digest.update(v[rows.to(v.device)].cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def network_hash(denoiser: Denoiser) -> str:
+    "A hash of the network's layers and shapes, of what it predicts, and of a schedule that does not learn."
+    about = [[name, list(p.shape)] for name, p in denoiser.named_parameters()]
+    about += [f"{name} {type(m).__qualname__} {m.extra_repr()}" for name, m in denoiser.named_modules()]
+    about += [
+        name_of(v)
+        for m in denoiser.modules()
+        for name, v in sorted(vars(m).items())
+        if callable(v) and name[0] != "_"
+    ]
+    schedule = getattr(denoiser, "schedule", None)
+    if schedule is not None and not any(True for _ in schedule.parameters()):
+        at = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+        about += [f"{v:.9g}" for c in schedule(at) for v in c.tolist()]
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
