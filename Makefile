@@ -14,7 +14,7 @@ run: $(STAMP)  ## run the book from the first notebook to the last; ARGS='07_ddp
 	$(BIN)/diffusion-nb run $(ARGS)
 
 test: $(STAMP)  ## check every notebook against its stored outputs, and the library
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-anywhere: $(STAMP)  ## the notebooks as other processors run them (hours): which cell differs, which claim is weak; ARGS='--python OTHER/bin/python'
 	$(BIN)/python tools/anywhere.py $(ARGS)

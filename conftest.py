@@ -94,7 +94,14 @@ def pytest_configure():
     nbval.plugin.RunningKernel = Kernel
 
 
+LONG = ("test_resume", "07_ddpm", "test_docs", "18_consistency", "11_ddim", "15_analytic", "10_sde", "28_runs")
+
+
 def pytest_collection_modifyitems(items):
+    "Files that take long come first: at the end they would keep one of two workers waiting. A cleaned cell counts as run."
+    files = list(dict.fromkeys(item.path for item in items))
+    place = {p: next((i for i, name in enumerate(LONG) if name in p.name), len(LONG)) for p in files}
+    items.sort(key=lambda item: (place[item.path], files.index(item.path)))
     for item in items:
         if isinstance(item, IPyNbCell):
             item.__class__ = Cell
@@ -102,13 +109,3 @@ def pytest_collection_modifyitems(items):
             item.cell.execution_count = item.cell.execution_count or 0
             if EVAL_FALSE.search(item.cell.source):
                 item.add_marker(pytest.mark.skip(reason="#| eval: false"))
-
-
-LONG = ("test_resume", "07_ddpm", "test_docs", "18_consistency", "11_ddim", "15_analytic", "10_sde", "28_runs")
-
-
-def pytest_collection_modifyitems(items):
-    "Files that take long come first: at the end they would keep one of two workers waiting."
-    files = list(dict.fromkeys(item.path for item in items))
-    place = {p: next((i for i, name in enumerate(LONG) if name in p.name), len(LONG)) for p in files}
-    items.sort(key=lambda item: (place[item.path], files.index(item.path)))

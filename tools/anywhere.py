@@ -38,6 +38,7 @@ def tested(python: str, what: list[str], setting: dict[str, str], folder: Path) 
         "2",
         "--dist",
         "loadfile",
+        "--no-loadscope-reorder",
         "--color=no",
         f"--junitxml={folder}/junit.xml",
     ]
