@@ -37,7 +37,10 @@ def book(tmp_path, monkeypatch):
     (tmp_path / "nbs").mkdir()
     for name, source in (("01_good", "import os; print(f\"profile {os.environ['DIFFUSION_NB_PROFILE']}, {os.environ['OMP_NUM_THREADS']} thread\")"),
                          ("02_bad", "raise SystemError('no such formula')"), ("03_good", "1 + 1")):  # fmt: skip
+        stored = nbformat.v4.new_output("stream", text="✓ stored\n")
         cells = [nbformat.v4.new_markdown_cell(f"# {name}\n\nwhere $x_t$"), nbformat.v4.new_code_cell(source)]
+        if name == "02_bad":
+            cells.append(nbformat.v4.new_code_cell("print('✓ stored')", outputs=[stored], execution_count=3))
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"nbs/{name}.ipynb")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFUSION_NB_PROFILE", "cpu")
@@ -60,6 +63,12 @@ def test_run_names_what_failed_and_finishes_the_others(book, capsys):
         "2 of 3 notebooks ran well" in said.out and "failed: 02_bad" in said.out and "_book/index.html" in said.out
     )
     assert pages(book) == ["01_good.html", "02_bad.html", "03_good.html", "index.html"]
+    failed = nbformat.read(book / "_book/02_bad.ipynb", 4).cells
+    assert (
+        "failed**, in the section “02_bad”" in failed[0].source
+        and "failed</strong>" in (book / "_book/02_bad.html").read_text()
+    )
+    assert not failed[-1].outputs, "what is stored below the cell that failed was not shown by this run"
     outputs = nbformat.read(book / "_book/01_good.ipynb", 4).cells[1].outputs
     assert outputs[0].text == "profile gpu, 1 thread\n"
     assert not nbformat.read(book / "nbs/01_good.ipynb", 4).cells[1].outputs  # the book itself is not touched

@@ -107,6 +107,9 @@ def execute(path: Path, out: Path, kernels: Kernels) -> tuple[float, str | None]
     from tqdm import tqdm
 
     nb, problem, start = nbformat.read(path, as_version=4), None, time.perf_counter()
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None  # what is stored is not what ran here
     cells = sum(c.cell_type == "code" and bool(c.source.strip()) for c in nb.cells)
     with kernels.lock:
         line = kernels.lines.pop(0)
@@ -134,9 +137,19 @@ def execute(path: Path, out: Path, kernels: Kernels) -> tuple[float, str | None]
             with kernels.lock:
                 kernels.lines.append(line)
     if not kernels.stopped:
+        if problem:
+            nb.cells.insert(0, nbformat.v4.new_markdown_cell(stopped_at(nb)))
         nbformat.write(nb, out / path.name)
         (out / f"{path.stem}.html").write_text(web_page(nb))
     return time.perf_counter() - start, problem
+
+
+def stopped_at(nb) -> str:
+    "What a page of a notebook that failed begins with."
+    ran = [i for i, c in enumerate(nb.cells) if c.cell_type == "code" and c.execution_count]
+    above = [c.source for c in nb.cells[: ran[-1] if ran else 0] if c.cell_type == "markdown" and "#" in c.source]
+    section = re.findall(r"^#+ (.*)$", above[-1], re.MULTILINE)[-1:] if above else []
+    return f"> **This notebook failed**, {f'in the section “{section[0]}”' if section else 'at its start'}: below that, nothing ran."
 
 
 def run_book(paths: list[Path], record: Record, jobs: int) -> dict[str, str | None]:

@@ -1,8 +1,6 @@
 """Files that a finished set of samples can be written as."""
 
 import json
-import os
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusion_nb.util.storage import save_tensors, write_atomically
+from diffusion_nb.util.storage import save_tensors
 
 
 def write_npz(path: Path, found: dict[str, Tensor]) -> None:
@@ -19,29 +17,22 @@ def write_npz(path: Path, found: dict[str, Tensor]) -> None:
         k: v.numpy() for k, v in found.items() if k != "pictures"
     }
 
-    def write(draft):
-        with open(draft, "wb") as f:
-            np.savez(f, **arrays)
-
-    write_atomically(path, write)
+    with open(path, "wb") as f:
+        np.savez(f, **arrays)
 
 
 def write_folder(path: Path, found: dict[str, Tensor]) -> None:
-    "One PNG a picture, named by its seed, and labels.json if there are any; the folder appears when all are in it."
+    "One PNG a picture, named by its seed, and labels.json if there are any."
     from PIL import Image
 
-    draft = path.with_name(f"{path.name}.parts") / "pictures"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+    path.mkdir(exist_ok=True)
     for seed, picture in zip(
         tqdm(found["seeds"].tolist(), desc="writing", delay=3), found["pictures"], strict=True
     ):
-        Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()).save(draft / f"{seed:06d}.png")
+        Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()).save(path / f"{seed:06d}.png")
     if "labels" in found:
         labels = dict(zip(found["seeds"].tolist(), found["labels"].tolist(), strict=True))
-        (draft / "labels.json").write_text(json.dumps(labels))
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(draft, path)
+        (path / "labels.json").write_text(json.dumps(labels))
 
 
 FORMS = {"": write_folder, ".npz": write_npz, ".safetensors": partial(save_tensors, about={})}

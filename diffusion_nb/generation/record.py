@@ -112,6 +112,6 @@ def file_hash(path: Path) -> str:
     "A hash of a file, or of all files in a folder, by their names."
     sha = hashlib.sha256()
     for p in sorted(path.iterdir()) if path.is_dir() else [path]:
-        sha.update(p.name.encode())
+        sha.update(p.name.encode() if path.is_dir() else b"")
         sha.update(p.read_bytes())
     return sha.hexdigest()[:16]

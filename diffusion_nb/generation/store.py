@@ -1,7 +1,9 @@
 """Pieces of a set of samples on disk."""
 
+import itertools
 import json
-import shutil
+import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,30 @@ from torch import Tensor
 from diffusion_nb.generation.formats import FORMS
 from diffusion_nb.generation.record import check_record, digest, file_hash, read_record
 from diffusion_nb.util.storage import load_tensors, save_tensors, write_atomically
+
+PART = re.compile(r"(\d{12})-(\d+)\.safetensors")  # first seed and number of pictures
+OURS = re.compile(
+    r"\d{12}-\d+\.safetensors(\.\d+\.tmp)?|record\.json(\.\d+\.tmp)?|result(\.npz|\.safetensors)(\.\d+\.tmp)?|\d{6,}\.png|labels\.json"
+)
+
+
+def remove_ours(folder: Path) -> None:
+    "Delete what generate wrote into a folder, and the folder where nothing else is in it."
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_file() and OURS.fullmatch(path.name):
+            path.unlink()
+        elif path.is_dir() and path.name == "result":
+            remove_ours(path)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def check_free(out: Path) -> None:
+    "Raise ValueError where there is something at `out` that no run has written."
+    if out.exists() and (out.suffix or not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"{out} is there already, and no record beside it says of which run: name another place, or move it away"
+        )
 
 
 class Parts:
@@ -40,10 +66,14 @@ class Parts:
             return None
         return tensors if mark == self.mark else None
 
+    def files(self) -> list[Path]:
+        "The finished chunks, by first seed; what else may lie beside them is not ours."
+        return sorted(p for p in self.folder.glob("*.safetensors") if PART.fullmatch(p.name))
+
     def there(self, into: dict[str, Tensor] | None = None) -> Bool[Tensor, " n"]:
         "Which pictures are safe, copied to `into` if given. Damaged parts are named in a warning and deleted."
         safe = torch.zeros(self.n, dtype=torch.bool)
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in self.files():
             if (part := self.read(path)) is None:
                 warnings.warn(f"{path.name} in {self.folder} is damaged: its pictures are made anew", stacklevel=3)
                 path.unlink()
@@ -56,7 +86,7 @@ class Parts:
 
     def said(self) -> str:
         "How many pictures are safe, by the names of the files."
-        count = sum(int(p.stem.partition("-")[2]) for p in self.folder.glob("*-*.safetensors"))
+        count = sum(int(PART.fullmatch(p.name)[2]) for p in self.files())
         return f"{count} of {self.n} pictures are safe in {self.folder}; the same call goes on from there"
 
 
@@ -68,7 +98,7 @@ def finished(parts: Parts) -> bool:
     check_record(here, parts.about, parts.out)
     if file_hash(parts.out) != here.get("sha256"):
         raise ValueError(f"{parts.out} is not what was written (its checksum differs): delete it, and the same call makes it anew")  # fmt: skip
-    shutil.rmtree(parts.folder, ignore_errors=True)
+    remove_ours(parts.folder)
     return True
 
 
@@ -77,27 +107,56 @@ def begin(parts: Parts, chunk: int | None, fitting: Callable[[], int]) -> int:
     if (here := read_record(parts.begun)) is not None:
         check_record(here, parts.about, parts.folder)
         return chunk or here["chunk"]
-    out = parts.out
-    if out.exists() and (out.suffix or not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"{out} is there already, and no record beside it says of which run: name another place, or delete it"
-        )
+    check_free(parts.out)
     chunk = chunk or fitting()
     write_atomically(parts.begun, lambda p: p.write_text(json.dumps(parts.about | {"chunk": chunk}, indent=1)))
     return chunk
 
 
 def clear(parts: Parts) -> None:
-    "Delete a result or chunks of another run, or not as they were written. What has no record is left alone."
+    "Delete a result or chunks of another run; move aside a result that is not as it was written. What has no record is left alone."
     try:
         finished(parts)
         if (here := read_record(parts.begun)) is not None:
             check_record(here, parts.about, parts.folder)
     except ValueError:
-        shutil.rmtree(parts.folder, ignore_errors=True)
-        if parts.card.exists():
-            shutil.rmtree(parts.out) if parts.out.is_dir() else parts.out.unlink(missing_ok=True)
+        remove_ours(parts.folder)
+        if (card := read_record(parts.card)) is not None:
+            remove_result(parts.out, card.get("sha256"))
             parts.card.unlink()
+
+
+def remove_result(out: Path, sha256: str | None) -> None:
+    "Delete a result; one that somebody has changed, or put there, gets another name."
+    if not out.exists():
+        return
+    if file_hash(out) != sha256:
+        aside = next(
+            p for i in itertools.count(1) if not (p := out.with_name(f"{out.stem}.kept-{i}{out.suffix}")).exists()
+        )
+        out.rename(aside)
+        warnings.warn(f"{out} is not what was written there: it is now {aside.name}", stacklevel=4)
+    elif out.is_dir():
+        remove_ours(out)
+    else:
+        out.unlink()
+
+
+def flush(path: Path) -> None:
+    "To disk with a file, or with the files of a folder."
+    for p in path.iterdir() if path.is_dir() else [path]:
+        with open(p, "rb+") as f:
+            os.fsync(f.fileno())
+
+
+def put_in_place(draft: Path, out: Path, sha256: str) -> None:
+    "Rename, unless something is there already: somebody may have put it there since the run began."
+    if out.exists() and file_hash(out) == sha256:  # by a run that was killed before it wrote its record
+        return
+    check_free(out)
+    if out.is_dir():
+        out.rmdir()  # it is empty
+    os.rename(draft, out)
 
 
 def merge(parts: Parts) -> bool:
@@ -106,10 +165,11 @@ def merge(parts: Parts) -> bool:
     if not (safe := parts.there(found)).all():
         print(f"{out.name}: {int(safe.sum())} of {parts.n} pictures are there; the others are another process's share, or the same call makes them")  # fmt: skip
         return False
-    for draft in out.parent.glob(f"{out.name}.*.tmp"):  # of a merge that was killed
-        draft.unlink()
-    FORMS[out.suffix](out, found)
-    card = parts.about | {"sha256": file_hash(out)}
+    draft = parts.folder / f"result{out.suffix}"
+    FORMS[out.suffix](draft, found)
+    flush(draft)
+    card = parts.about | {"sha256": file_hash(draft)}
+    put_in_place(draft, out, card["sha256"])
     write_atomically(parts.card, lambda p: p.write_text(json.dumps(card, indent=1) + "\n"))
-    shutil.rmtree(parts.folder)
+    remove_ours(parts.folder)
     return True

@@ -39,7 +39,8 @@ def heun(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"]
 
     Parameters
     ----------
-    x, ts, callback, cond: as for `ddpm`. The last step is Euler's, so that the denoiser is not called at the last time.
+    x, ts, callback, cond: as for `ddpm`. The last step is Euler's, so that the denoiser is not called at the last time; so is one over which sigma/alpha
+    falls to less than a hundredth, as from t = 1 of the cosine schedule: there the correction would drown all else.
     noise: needed for churn only; step i (from 0) takes noise(i + 1).
     s_churn: how much noise is added and removed again over the whole walk, from 0 (none) up. s_min, s_max: the range of sigma/alpha
     in which it is. s_noise: the standard deviation of what is added. The pred of the callback is the one from which the step starts.
@@ -58,7 +59,7 @@ def heun(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"]
             x = grow * x + s_noise * std * noise(i + 1)
         pred = denoiser(x, hats[i], **cond)
         x = torch.add(a * x, pred.x0, alpha=b)
-        if i < n - 1:
+        if c and i < n - 1:
             x = torch.add(x, denoiser(x, ts[i + 1], **cond).eps - pred.eps, alpha=c)
         if callback:
             callback(i, x, pred)
@@ -69,6 +70,8 @@ def heun_steps(schedule: Schedule, s: Tensor, hat: Tensor, t: Tensor) -> tuple[T
     "(grow, std, a, b, c): from t up to hat, x = grow x + std z, and down to s, x = a x + b x̂0 + c (ε̂' - ε̂); float64."
     (alpha_s, sigma_s), (alpha_hat, sigma_hat), (alpha_t, sigma_t) = schedule(s), schedule(hat), schedule(t)
     a, b, _ = ode_steps(schedule, s, hat)
-    grow = alpha_hat / alpha_t
+    grow = torch.where(hat == t, 1, alpha_hat / alpha_t)
     std = (sigma_hat**2 - (grow * sigma_t) ** 2).clamp_min(0).sqrt()
-    return grow, std, a, b, (sigma_s - alpha_s * sigma_hat / alpha_hat) / 2
+    c = (sigma_s - alpha_s * sigma_hat / alpha_hat) / 2
+    too_far = sigma_hat * alpha_s > 100 * sigma_s * alpha_hat
+    return grow, std, a, b, torch.where(too_far, 0, c)

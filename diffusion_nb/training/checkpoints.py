@@ -1,6 +1,7 @@
 """Checkpoint files, their checksums and their fallbacks."""
 
 import os
+import re
 import shutil
 import warnings
 from itertools import pairwise
@@ -30,7 +31,8 @@ class Checkpoints:
         "Raises OSError where it cannot be written; those before are as they were."
         draft = self.path.with_name(self.path.name + ".new")
         for rest in self.path.parent.glob(f"{draft.name}.*.tmp"):  # of a process that was killed as it wrote
-            rest.unlink()
+            if re.fullmatch(re.escape(draft.name) + r"\.\d+\.tmp", rest.name):
+                rest.unlink()
         save_tensors(draft, tensors, about)
         for path in self.damaged:
             path.unlink(missing_ok=True)
