@@ -59,14 +59,15 @@ class DDPMSchedule(Schedule):
 
     Parameters
     ----------
-    betas: (T,), each in (0, 1). Raises ValueError otherwise.
+    betas: (T,), each in (0, 1); the last may be 1, so that nothing of the data is left at t = 1 (zero terminal SNR; on the way there ᾱ itself is
+    linear, since its logarithm cannot be). Raises ValueError otherwise.
     """
 
     def __init__(self, betas: Float[Tensor, " T"]):
         super().__init__()
         betas = torch.as_tensor(betas, dtype=torch.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(f"betas: expected a vector of variances in (0, 1); got {betas}")
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1))[:-1].all() or not 0 < betas[-1] <= 1:
+            raise ValueError(f"betas: expected a vector of variances in (0, 1), the last of which may be 1; got {betas}")
         self.T = len(betas)
         log_abar = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])
         self.register_buffer("log_abar", log_abar)
@@ -81,7 +82,8 @@ class DDPMSchedule(Schedule):
     def coefficients(self, t):
         i = t * self.T
         step = i.long().clamp(max=self.T - 1)
-        log_abar = torch.lerp(self.log_abar.take(step), self.log_abar.take(step + 1), i - step)
+        now, after = self.log_abar.take(step), self.log_abar.take(step + 1)
+        log_abar = torch.where(after.isinf(), now + torch.log1p(step - i), torch.lerp(now, after, i - step))
         return (log_abar / 2).exp(), log_abar.expm1().abs().sqrt()
 
 # %% ../nbs/02_forward.ipynb #de60d186

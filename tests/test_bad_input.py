@@ -31,7 +31,10 @@ from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import recipe
 from diffusion_nb.recipes.settings import ints, settings
-from diffusion_nb.samplers.linear import ddim
+from diffusion_nb.samplers.heun import heun
+from diffusion_nb.samplers.langevin import langevin
+from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, invert
+from diffusion_nb.samplers.sde import probability_flow
 from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
@@ -790,3 +793,31 @@ def test_the_label_that_means_any_cannot_be_sent():
     codec = LosslessCodec(Untouched(), time_grid(4), 17, large, classes=3, initial=600)
     with pytest.raises(ValueError, match="^y: expected integer labels from 0 to 2"):
         lossless_encode(codec, FIVE, LATE.clamp(max=3))
+
+
+# networks that are still in training mode
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: torch.nn.Dropout(0.3), lambda: torch.nn.BatchNorm2d(1)], ids=["Dropout", "BatchNorm"]
+)
+@pytest.mark.parametrize("call", [
+    lambda d, x, ts: ddpm(d, x, ts, noise=lambda k: x), lambda d, x, ts: ddim(d, x, ts), lambda d, x, ts: heun(d, x, ts),
+    lambda d, x, ts: dpmpp_2m(d, x, ts), lambda d, x, ts: invert(d, x, ts.flip(0) * 0.9 + 0.05),
+    lambda d, x, ts: langevin(d, x, ts[1], noise=lambda k: x, steps=2, delta=0.01), lambda d, x, ts: probability_flow(d, x, ts * 0.9 + 0.05),
+    lambda d, x, ts: bits_per_dim(d, x.clamp(-1, 1).round(), ts, levels=3),
+], ids=["ddpm", "ddim", "heun", "2M", "invert", "langevin", "flow", "bits"])  # fmt: skip
+def test_a_network_in_training_mode_is_refused(call, layer):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer()
+
+        def forward(self, x, t):
+            return self.layer(x)
+
+    denoiser, x = NetDenoiser(Net(), CosineSchedule(), predict_v), torch.randn(4, 1, 4, 4)
+    with refused("denoiser: its net.layer,", "is in training mode", "call denoiser.eval()"):
+        call(denoiser, x, time_grid(5))
+    with torch.no_grad():
+        call(denoiser.eval(), x, time_grid(5))

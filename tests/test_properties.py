@@ -13,7 +13,8 @@ from diffusion_nb.forward import posterior_steps, q_posterior, transition
 from diffusion_nb.grids import time_grid
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
 from diffusion_nb.noise import GAMMA, Noise
-from diffusion_nb.samplers.linear import ddpm
+from diffusion_nb.samplers.heun import heun
+from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde
 from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
@@ -355,3 +356,23 @@ def test_noise_is_standard_normal_over_neighbouring_seeds_and_steps(ss):
     flat = z.permute(0, 2, 1).reshape(12, -1)  # steps and coordinates, over seeds
     assert (flat.corrcoef() - torch.eye(12, dtype=torch.float64)).abs().max() < 5 / 2000**0.5
     assert abs((z[:, 1:] * z[:, :-1]).mean()) < 5 / n**0.5  # neighbouring seeds
+
+
+def test_a_chain_that_ends_with_nothing_of_the_data():
+    "Zero terminal SNR: the last beta is 1. Samplers start from noise alone, and Heun's first step is Euler's."
+    betas = linear_betas(50).clone()
+    betas[-1] = 1.0
+    schedule, mixture = DDPMSchedule(betas), random_mixture(2)
+    alpha, sigma = schedule(torch.linspace(0, 1, 501, dtype=torch.float64))
+    assert (
+        alpha[-1] == 0
+        and sigma[-1] == 1
+        and (alpha.diff() < 0).all()
+        and (alpha**2 + sigma**2 - 1).abs().max() < 1e-12
+    )
+    best, noise = GMMDenoiser(mixture, schedule), Noise(range(4000), (2,), dtype=torch.float64)
+    truth = mixture.sample(4000)[0]
+    for sampler in (ddpm, ddim, heun, dpmpp_2m, dpmpp_2m_sde):
+        x = sampler(best, noise(0), time_grid(50), noise=noise)
+        assert x.isfinite().all() and (x.mean(0) - truth.mean(0)).abs().max() < 0.2, sampler.__name__
+        assert (x.std(0) / truth.std(0) - 1).abs().max() < 0.1, sampler.__name__

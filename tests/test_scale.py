@@ -24,6 +24,7 @@ from torch import nn
 from diffusion_nb.data import Pictures
 from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Pred, predict_v
 from diffusion_nb.generation import generate as generating
+from diffusion_nb.generation import store
 from diffusion_nb.generation import record as records
 from diffusion_nb.generation.fast import Fast
 from diffusion_nb.generation.generate import generate
@@ -688,11 +689,18 @@ def test_a_result_that_was_changed_is_found_out(tmp_path):
 def test_a_merge_that_was_killed_is_done_again(name, tmp_path, monkeypatch):
     "Killed after the result was put in place and before its record was."
     out = tmp_path / name
+    write = store.write_atomically
+
+    def killed_before_the_record(path, fill):
+        if path.name == f"{name}.json":
+            raise KeyboardInterrupt
+        write(path, fill)
+
     with monkeypatch.context() as m:
-        m.setattr(generating, "file_hash", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(store, "write_atomically", killed_before_the_record)
         with pytest.raises(KeyboardInterrupt):
             make(out)
-    (tmp_path / f"{name}.99.tmp").write_text("left over")
+    (tmp_path / f"{name}.parts/result.safetensors.99.tmp").write_text("left over")
     again = Counted(tiny())
     assert out.exists() and make(out, again) and again._calls == 0
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.parts"))
@@ -726,7 +734,7 @@ def test_what_the_file_cannot_hold(name, shape, says, tmp_path):
 
 def test_dropout_is_noticed(tmp_path):
     model = NetDenoiser(UNet(1, 4, (1, 2), 1, (), dropout=0.1), DDPMSchedule(linear_betas()))
-    with pytest.raises(ValueError, match="dropout is on"):
+    with pytest.raises(ValueError, match="is in training mode"):
         generate(tmp_path / "a", model, ddpm, TS, 3, SHAPE)
 
 
@@ -902,3 +910,46 @@ def test_a_full_disk_says_what_is_safe_and_nothing_is_spoiled(limit, safe, tmp_p
         warnings.simplefilter("error")
         assert make(out, n=40)
     assert load_file(out)["pictures"].equal(forty)
+
+
+@pytest.mark.parametrize(
+    "name, own", [("pics", "pics/thesis.txt"), ("a.npz", "a.npz"), ("pics", "pics.parts/mine.safetensors")]
+)
+def test_what_somebody_put_there_meanwhile_is_left_alone(name, own, tmp_path):
+    "The run is stopped, a file of one's own is put into its place, and the run goes on: the file is as it was."
+
+    def stops(denoiser, x, ts, *, noise, **cond):
+        if stops.calls.pop(0):
+            raise KeyboardInterrupt
+        return ddpm(denoiser, x, ts, noise=noise, **cond)
+
+    stops.calls = [0, 1]
+    call = functools.partial(generate, tmp_path / name, tiny().eval(), stops, TS, 6, SHAPE, chunk=3, cond=labels)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    (tmp_path / own).parent.mkdir(exist_ok=True)
+    (tmp_path / own).write_text("years of work")
+    stops.calls = [0] * 9
+    if own.startswith(f"{name}.parts"):
+        assert call()
+    else:
+        with pytest.raises(ValueError, match="is there already, and no record beside it says of which run"):
+            call()
+        kept = tmp_path / f"{name}.parts"
+        assert len(list(kept.glob("*-*.safetensors"))) == 2  # all that was drawn is there
+        (tmp_path / own).rename(tmp_path / "elsewhere")
+        assert call()
+        own = "elsewhere"
+    assert (tmp_path / own).read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["pics", "a.npz"])
+def test_replacing_moves_aside_what_is_not_as_it_was_written(name, tmp_path):
+    call = functools.partial(generate, tmp_path / name, tiny().eval(), ddpm, TS, 3, SHAPE, cond=labels)
+    assert call()
+    mine = tmp_path / name / "thesis.txt" if name == "pics" else tmp_path / name
+    mine.write_text("years of work")
+    with pytest.warns(UserWarning, match="is not what was written there"):
+        assert call(replace=True)
+    (aside,) = tmp_path.glob("*.kept-1*")
+    assert (aside / "thesis.txt" if name == "pics" else aside).read_text() == "years of work"

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusion_nb.denoisers import Denoiser, check_cond
@@ -15,7 +15,7 @@ from diffusion_nb.generation.formats import FORMS
 from diffusion_nb.generation.record import conditions, record
 from diffusion_nb.generation.store import Parts, begin, clear, finished, merge
 from diffusion_nb.noise import Noise
-from diffusion_nb.util.checks import like
+from diffusion_nb.util.checks import check_eval, like
 from diffusion_nb.util.images import to_bytes
 from diffusion_nb.util.interrupts import telling
 from diffusion_nb.util.profiling import largest_that_fits
@@ -74,10 +74,7 @@ def check_generate(
         raise ValueError(f"chunk: expected at least 1 picture at a time; got {chunk}")
     if not 0 <= rank < world:
         raise ValueError(f"rank: expected 0 to {world - 1}, since world = {world}; got {rank}")
-    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p for m in denoiser.modules()):
-        raise ValueError(
-            "denoiser: its dropout is on, so that no picture could be drawn twice; call denoiser.eval() first"
-        )
+    check_eval(denoiser)
 
 
 def check_pictures(x: Float[Tensor, "b *d"], seeds: Int[Tensor, " b"], shape: Sequence[int]) -> None:

@@ -28,7 +28,7 @@ def consistency_sample(f: nn.Module, x: Float[Tensor, "b *d"], ts: Float[Tensor,
     edit: what is done to each mapped picture, such as `keep(known, mask)`. callback: called as callback(i, x) with each mapped and edited picture.
     Raises ValueError as `check_sampling` does, and where noise is needed and not given.
     """
-    check_sampling(x, ts, noise)
+    check_sampling(x, ts, noise, f)
     ts = ts.to(x.device, torch.float64)
     stds = (f.schedule(ts[1:])[1] ** 2 - f.smallest**2).clamp_min(0).sqrt().tolist()
     if noise is None and any(std > 0 for std in stds):

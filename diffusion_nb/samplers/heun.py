@@ -46,7 +46,7 @@ def heun(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"]
     in which it is. s_noise: the standard deviation of what is added. The pred of the callback is the one from which the step starts.
     Raises ValueError for a negative s_churn, and for churn without noise.
     """
-    check_sampling(x, ts, noise)
+    check_sampling(x, ts, noise, denoiser)
     if s_churn < 0 or (s_churn > 0 and noise is None):
         raise ValueError(
             f"heun: expected s_churn >= 0, and with churn a source of noise; got s_churn = {s_churn:g}, noise = {noise}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..denoisers import Denoiser, Pred
-from ..util.checks import check_batch, check_finite, check_sampling, check_time
+from ..util.checks import check_batch, check_eval, check_finite, check_sampling, check_time
 
 # %% ../../nbs/09_langevin.ipynb #1a5d9701
 def langevin_step(pred: Pred, delta: float, eps: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
@@ -43,7 +43,7 @@ def langevin(denoiser: Denoiser, x: Float[Tensor, "b *d"], t: Float[Tensor, ""],
     delta: the size of a step; must stay below 4 Var, the smallest variance of p_t in any direction, or the walk explodes.
     noise, callback, cond: as in `ddpm`. Raises ValueError where x, t, steps, delta or the shape of the noise are wrong.
     """
-    check_finite(x, "x"), check_time(t), check_walk(steps, delta=delta)
+    check_finite(x, "x"), check_time(t), check_walk(steps, delta=delta), check_eval(denoiser)
     check_batch(x, t, noise=noise(0))
     for i in tqdm(range(steps), desc="wandering", delay=3, leave=False):
         pred = denoiser(x, t, **cond)
@@ -66,7 +66,7 @@ def annealed_langevin(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Te
     noise, callback, cond: as in `ddpm`, with i counting the steps on all levels.
     The result keeps the noise of ts[-2], scaled to ts[-1]: `denoiser(x, ts[-2]).x0` on the state before would remove it.
     """
-    check_sampling(x, ts, noise), check_walk(steps, epsilon=epsilon)
+    check_sampling(x, ts, noise, denoiser), check_walk(steps, epsilon=epsilon)
     ts = ts.to(x.device, torch.float64)
     alpha, sigma = denoiser.schedule(ts)
     if epsilon >= 4 * sigma[-2] ** 2:

@@ -33,7 +33,7 @@ def ddpm(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"]
     callback: called as callback(i, x, pred) after step i. cond: passed on to the denoiser.
     Nothing is added in a step that ends at time 0.
     """
-    check_sampling(x, ts, noise)
+    check_sampling(x, ts, noise, denoiser)
     ts = ts.to(x.device, torch.float64)
     coefficients = posterior_steps(denoiser.schedule, ts[1:], ts[:-1])
     steps = map(Step._make, zip(*(c.tolist() for c in coefficients), strict=True))
@@ -81,7 +81,7 @@ def ddim(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"]
     callback: called as callback(i, x, pred) after step i. cond: passed on to the denoiser.
     Nothing is added in a step that ends at time 0. Raises ValueError for a negative or too large eta, and for missing noise.
     """
-    check_sampling(x, ts, noise)
+    check_sampling(x, ts, noise, denoiser)
     ts = ts.to(x.device, torch.float64)
     step = posterior_steps(denoiser.schedule, ts[1:], ts[:-1])
     _check_eta(eta, step.small, denoiser.schedule(ts[1:])[1], noise)
@@ -119,7 +119,7 @@ def invert(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1
         raise ValueError(
             f"ts: expected times that rise from data to noise, such as time_grid(100, end=0.002).flip(0); got {ts}"
         )
-    check_sampling(x, ts.flip(0), None)
+    check_sampling(x, ts.flip(0), None, denoiser)
     ts = ts.to(x.device, torch.float64)
     if denoiser.schedule(ts[0])[1] == 0:
         raise ValueError(
@@ -203,7 +203,7 @@ def dpmpp_2m(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n
 
     Parameters are those of `ddpm`; `noise` is not used. First and last step are DDIM's. Raises ValueError as `check_sampling` does.
     """
-    check_sampling(x, ts, noise)
+    check_sampling(x, ts, noise, denoiser)
     ts = ts.to(x.device, torch.float64)
     a, b, h = ode_steps(denoiser.schedule, ts[1:], ts[:-1])
     return multistep(denoiser, x, ts, a, b, torch.zeros_like(h), noise, callback, cond)
@@ -217,7 +217,7 @@ def dpmpp_2m_sde(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor,
     Parameters are those of `ddpm`. First and last step are DDPM's; nothing is added in a step that ends at time 0.
     Raises ValueError as `check_sampling` does.
     """
-    check_sampling(x, ts, noise)
+    check_sampling(x, ts, noise, denoiser)
     ts = ts.to(x.device, torch.float64)
     step = posterior_steps(denoiser.schedule, ts[1:], ts[:-1])
     return multistep(denoiser, x, ts, step.a, step.b, step.small.sqrt() * (step.s > 0), noise, callback, cond)

@@ -114,7 +114,7 @@ def predictor_corrector(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[
     noise: as there; correction j (from 0) after step i takes noise(n (j + 1) + i + 1).
     step_size: (pred, z) ↦ the length of a correction: `sigma_steps()` if not given, `ratio_steps()` as in the paper, or your own.
     """
-    check_sampling(x, ts, noise)
+    check_sampling(x, ts, noise, denoiser)
     ts, step_size = ts.to(x.device, torch.float64), step_size or sigma_steps()
     steps = euler_maruyama(denoiser.schedule, ts)
     n = len(steps)
@@ -162,7 +162,7 @@ def probability_flow(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Ten
     callback: called as callback(i, x, pred) for each of ts[1:], all when the solver is done. cond: passed on to the denoiser.
     Raises ValueError where a rate is not finite; unlike other samplers this one must look at ts[-1], so sigma must not be 0 there.
     """
-    check_sampling(x, ts, noise)
+    check_sampling(x, ts, noise, denoiser)
     ts = ts.to(x.device, torch.float64)
     rates(denoiser.schedule, ts)
     states = solve(lambda t, x: velocity(denoiser, x, t, **cond), x, ts, rtol, atol)

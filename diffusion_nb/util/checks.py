@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def default_device() -> torch.device:
@@ -103,9 +103,24 @@ def check_batch(x: Tensor, t: Tensor, **others: Tensor) -> None:
         raise ValueError(f"t: expected one time, or one for each of {len(x)} pictures; got shape {tuple(times)}")
 
 
-def check_sampling(x: Tensor, ts: Tensor, noise: Callable | None) -> None:
-    "Raise ValueError unless x is finite, ts falls strictly within [0, 1], and the noise is shaped like x."
-    check_finite(x, "x")
+def check_eval(denoiser: nn.Module) -> None:
+    "Raise ValueError where dropout is on or BatchNorm looks at the batch: no sample could be drawn twice."
+    for name, m in denoiser.named_modules() if isinstance(denoiser, nn.Module) else ():
+        is_on = (
+            isinstance(m, nn.modules.dropout._DropoutNd)
+            and m.p > 0
+            or isinstance(m, nn.modules.batchnorm._BatchNorm)
+        )
+        if m.training and is_on:
+            raise ValueError(
+                f"denoiser: its {name}, {type(m).__name__}, is in training mode, so that the same call would not give the same twice; "
+                "call denoiser.eval() first"
+            )
+
+
+def check_sampling(x: Tensor, ts: Tensor, noise: Callable | None, denoiser: nn.Module | None = None) -> None:
+    "Raise ValueError unless x is finite, ts falls strictly within [0, 1], the noise is shaped like x, and the denoiser is in eval mode."
+    check_finite(x, "x"), check_eval(denoiser)
     check_time(ts)
     if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() < 0).all():
         raise ValueError(f"ts: expected times that fall from noise to data, such as time_grid(100); got {ts}")
