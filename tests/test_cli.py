@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -287,3 +288,43 @@ def test_a_training_stopped_by_the_clock_goes_on(tmp_path, capsys):
     assert main([*words, "--minutes", "1e-9"]) == 0
     assert "step 1 of 3; the same command goes on" in capsys.readouterr().out
     assert main(words) == 0 and json.loads((tmp_path / "run.json").read_text())["losses"][-1][0] == 3
+
+
+SMALL = ["train", "--steps", "2", "--width", "8", "--batch", "4", "--device", "cpu"]
+
+
+def test_a_finished_run_keeps_its_record(tmp_path, capsys):
+    words = [*SMALL, "--out", str(tmp_path)]
+    assert main(words) == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert main(words) == 0
+    assert "holds this run, finished" in capsys.readouterr().out
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_another_recipe_is_not_written_over_the_weights_of_this_one(tmp_path, capsys, monkeypatch):
+    assert main([*SMALL, "--out", str(tmp_path)]) == 0
+    before = (tmp_path / "run.json").read_bytes()
+    for change in ("target=eps", "schedule=linear", "ema=0.5"):
+        monkeypatch.setenv("DIFFUSION_NB_SET", f"recipe.digits.{change}")
+        assert main([*SMALL, "--out", str(tmp_path)]) == 1
+        assert re.search("is of another run|does not fit the network", capsys.readouterr().err)
+    monkeypatch.delenv("DIFFUSION_NB_SET")
+    assert main([*SMALL, "--lr", "0.5", "--out", str(tmp_path)]) == 1
+    assert (tmp_path / "run.json").read_bytes() == before
+    assert main([*SMALL[:2], "4", *SMALL[3:], "--out", str(tmp_path)]) == 0  # more steps go on
+    assert json.loads((tmp_path / "run.json").read_text())["steps_here"] == 2
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--width", "0"], ["--batch", "-4"], ["--steps", "-3"]])
+def test_numbers_that_cannot_be_meant(words, tmp_path, capsys):
+    assert main([*SMALL, *words, "--out", str(tmp_path)]) == 1
+    assert f"{words[0][2:]}: expected a whole number of at least 1, got {words[1]}" in capsys.readouterr().err
+
+
+def test_a_folder_named_like_the_model_of_the_book(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*SMALL, "--out", "digits"]) == 0
+    assert main(["sample", "--model", "digits", "--n", "1", "--steps", "2"]) == 1
+    assert "say ./digits for the folder" in capsys.readouterr().err
+    assert main(["sample", "--model", "./digits", "--n", "1", "--steps", "2", "--out", "s"]) == 0

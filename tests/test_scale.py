@@ -24,8 +24,8 @@ from torch import nn
 from diffusion_nb.data import Pictures
 from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Pred, predict_v
 from diffusion_nb.generation import generate as generating
-from diffusion_nb.generation import store
 from diffusion_nb.generation import record as records
+from diffusion_nb.generation import store
 from diffusion_nb.generation.fast import Fast
 from diffusion_nb.generation.generate import generate
 from diffusion_nb.generation.record import identity

@@ -32,6 +32,10 @@ def load_model(folder: str):
     from diffusion_nb.recipes.vdm import vdm_denoiser
     from diffusion_nb.util.storage import check_fits, read_weights
 
+    if folder == "digits" and Path(folder).exists():
+        raise ValueError(
+            "digits is the model that comes with the book, and also a folder here: say ./digits for the folder"
+        )
     if folder == "digits":
         return digit_denoiser(), recipe("digits"), (1, 8, 8)
     path = Path(folder)

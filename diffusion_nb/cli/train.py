@@ -64,6 +64,9 @@ def train_together(args, team) -> int:
                          every=args.every, keep=args.keep, accumulate=args.accumulate, skip=args.skip, shard=args.shard,
                          hooks=watchers(args, out, fresh(r, data.shape), data, r["classes"], device))  # fmt: skip
     resumed, start = trainer.step, time.perf_counter()
+    if resumed == trainer.steps and all((out / name).exists() for name in ("run.json", "model.safetensors")):
+        print(f"{out} holds this run, finished; ask for more --steps to go on with it")
+        return 0
     if resumed and first:
         print(f"going on from step {resumed} of {out / 'checkpoint.safetensors'}")
     model = trainer.fit(args.minutes)

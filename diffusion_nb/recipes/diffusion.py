@@ -13,6 +13,7 @@ from diffusion_nb.recipes.settings import ints, one_of, settings
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, linear_betas
 from diffusion_nb.training.lr import warmup_constant, warmup_cosine
 from diffusion_nb.training.trainer import Trainer, flip_half
+from diffusion_nb.util.checks import check_numbers
 from diffusion_nb.util.images import as_bytes
 
 SCHEDULES = {"cosine": CosineSchedule, "linear": lambda: DDPMSchedule(linear_betas())}
@@ -31,7 +32,8 @@ def recipe(name: str) -> dict:
 
 
 def recipe_denoiser(r: dict, shape: Sequence[int]) -> NetDenoiser:
-    "The fresh network of a recipe, for pictures of this shape."
+    "The fresh network of a recipe, for pictures of this shape. Raises ValueError for numbers that cannot be meant."
+    check_numbers(width=(r["width"], 1), steps=(r["steps"], 1), batch=(r["batch"], 1), warmup=(r["warmup"], 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r["seed"])
         net = UNet(shape[0], r["width"], r["mults"], r["blocks"], r["attention"], classes=r["classes"],

@@ -1,0 +1,81 @@
+"""Every section of settings.ini can be read, in both profiles, and every recipe in it builds what it describes."""
+
+import configparser
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion_nb.data import DATA_SETS, Pictures
+from diffusion_nb.experiments.catalogue import artifact_makers
+from diffusion_nb.recipes import consistency, distillation, vdm
+from diffusion_nb.recipes.diffusion import recipe, recipe_denoiser, recipe_trainer
+from diffusion_nb.recipes.settings import settings
+
+INI = configparser.ConfigParser(interpolation=None)
+INI.read(Path(__file__).parents[1] / "settings.ini", encoding="utf-8")
+SIZES = {d.name: (d.shape, d.levels) for d in DATA_SETS}
+NAMES = [s for s in INI.sections() if not s.endswith(".gpu")]
+
+
+def pictures(name, classes) -> Pictures:
+    "Four black pictures of the size of a data set."
+    (shape, _), y = SIZES[name], torch.zeros(4, dtype=torch.long)
+    return Pictures(torch.full((4, *shape), -1.0), y, torch.full((4, *shape), -1.0), y)
+
+
+def trainer(name, make, r):
+    return make(r | {"batch": 2}, pictures(r["data"], r["classes"]), device="cpu")
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def profile(request, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_NB_PROFILE", request.param)
+
+
+def kind(start):
+    return [s.partition(".")[2] for s in NAMES if s.startswith(f"{start}.")]
+
+
+@pytest.mark.parametrize("name", kind("recipe"))
+def test_recipes(name, profile):
+    made = trainer(name, recipe_trainer, recipe(name))
+    x0, t, eps, cond = next(made.draw(0))
+    with torch.no_grad():
+        assert made.denoiser(x0, t, **cond).x0.shape == x0.shape
+
+
+@pytest.mark.parametrize("name", kind("vdm"))
+def test_vdm_recipes(name, profile):
+    trainer(name, vdm.vdm_trainer, vdm.vdm_recipe(name))
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_consistency_recipes(name, profile):
+    r, teacher = vars(settings(f"consistency.{name}", **consistency.RECIPE)), recipe(name)
+    f = consistency.Guess(recipe_denoiser(teacher, SIZES[r["data"]][0]))
+    consistency.consistency_trainer(r | {"batch": 2}, pictures(r["data"], 0), f, consistency.consistency_training, teacher["classes"], device="cpu")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in kind("distill") if n != "guided"])
+def test_distillation_recipes(name, profile):
+    r = vars(settings(f"distill.{name}", **distillation.DISTILL))
+    assert r["n_from"] % 2 == 0 and recipe(r["teacher"])["data"] in SIZES
+
+
+def test_no_section_is_left_out():
+    "What is not a recipe is a notebook's, or an artifact's."
+    makers = artifact_makers()
+    assert makers and all(r for _, r in makers.values())
+    others = [s for s in NAMES if not s.startswith(("recipe.", "vdm.", "consistency.", "distill."))]
+    text = "".join(
+        p.read_text()
+        for folder in ("nbs", "diffusion_nb")
+        for p in (Path(__file__).parents[1] / folder).rglob("*")
+        if p.suffix in (".py", ".ipynb")
+    )
+    assert not [
+        s
+        for s in others
+        if f'settings("{s}"' not in text and f'settings(\\"{s}\\"' not in text and f'of("{s}"' not in text
+    ]
