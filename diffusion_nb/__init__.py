@@ -1,1 +1,58 @@
+"""Diffusion models: schedules, denoisers, samplers, objectives and likelihoods, exported from a book of notebooks.
+
+`import diffusion_nb as dn` is enough for most uses: the names below are those of the modules beside them, imported when they are first asked for.
+"""
+
+from importlib import import_module
+
 __version__ = "0.0.1"
+
+FACE = {
+    "noise": "Noise",
+    "schedules": "Schedule DDPMSchedule VPSchedule CosineSchedule VESchedule EDMSchedule LearnedSchedule linear_betas cosine_betas",
+    "grids": "time_grid quadratic_grid logsnr_grid edm_grid stop_early",
+    "time_samplers": "continuous_times chain_times LossHistory Levels",
+    "forward": "q_sample q_step q_posterior posterior_steps",
+    "denoisers": "Denoiser NetDenoiser Pred Clip Consistency predict_x0 predict_eps predict_v predict_score",
+    "mixtures": "GaussianMixture GMMDenoiser ring_mixture",
+    "variances": "small large learned analytic expected_eps2",
+    "guidance": "CFG ClassifierGuidance AutoGuidance interval",
+    "data": "Pictures digits mnist fashion_mnist cifar10 data_set",
+    "losses.simple": "denoising_loss snr snr_plus_one truncated_snr",
+    "losses.bound": "bound_loss hybrid_loss vlb_weight",
+    "losses.vdm": "vdm_loss",
+    "losses.consistency": "consistency_distillation consistency_training",
+    "samplers.linear": "ddpm ddim invert slerp dpmpp_2m dpmpp_2m_sde",
+    "samplers.heun": "heun",
+    "samplers.langevin": "langevin annealed_langevin",
+    "samplers.sde": "reverse_sde predictor_corrector probability_flow",
+    "samplers.consistency": "consistency_sample",
+    "likelihood.bits": "bits_per_dim",
+    "likelihood.continuous": "vdm_bits",
+    "likelihood.flow": "log_likelihood",
+    "likelihood.lossless": "LosslessCodec lossless_encode lossless_decode",
+    "nets.unet": "UNet",
+    "metrics.features": "frechet_distance nearest_distance precision_recall density_coverage",
+    "training.trainer": "Trainer flip_half",
+    "training.lr": "warmup_cosine warmup_constant",
+    "training.ema": "PowerEMA",
+    "generation.generate": "generate",
+    "generation.fast": "Fast",
+    "util.images": "show animate",
+    "experiments.digits": "digit_denoiser",
+}
+HOME = {name: module for module, names in FACE.items() for name in names.split()}
+__all__ = ["__version__", *HOME]
+
+
+def __getattr__(name: str):
+    if name not in HOME:
+        raise AttributeError(
+            f"diffusion_nb has no {name!r} at its top; the modules hold more than these: {', '.join(HOME)}"
+        )
+    value = globals()[name] = getattr(import_module(f"diffusion_nb.{HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *HOME])
