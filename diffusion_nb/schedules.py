@@ -66,8 +66,15 @@ class DDPMSchedule(Schedule):
     def __init__(self, betas: Float[Tensor, " T"]):
         super().__init__()
         betas = torch.as_tensor(betas, dtype=torch.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1))[:-1].all() or not 0 < betas[-1] <= 1:
-            raise ValueError(f"betas: expected a vector of variances in (0, 1), the last of which may be 1; got {betas}")
+        if (
+            betas.ndim != 1
+            or not len(betas)
+            or not ((betas > 0) & (betas < 1))[:-1].all()
+            or not 0 < betas[-1] <= 1
+        ):
+            raise ValueError(
+                f"betas: expected a vector of variances in (0, 1), the last of which may be 1; got {betas}"
+            )
         self.T = len(betas)
         log_abar = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])
         self.register_buffer("log_abar", log_abar)

@@ -162,6 +162,20 @@ def test_stored_outputs_hold_no_error_and_no_path(stem):
                 assert not found, f"{stem}, code cell {n}: {found[0]!r} is a place on one machine"
 
 
+def test_notebooks_are_what_the_hook_makes_of_them(tmp_path):
+    "nbdev-clean, which runs at each commit, changes nothing."
+    for path in ("pyproject.toml", "settings.ini"):
+        shutil.copy(ROOT / path, tmp_path / path)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".*"))
+    subprocess.run([Path(sys.executable).with_name("nbdev-clean")], cwd=tmp_path, check=True, capture_output=True)
+    changed = [
+        p.name
+        for p in (ROOT / "nbs").glob("*.ipynb")
+        if p.read_bytes() != (tmp_path / "nbs" / p.name).read_bytes()
+    ]
+    assert not changed, f"run nbdev-clean: {changed}"
+
+
 # the order of the notebooks
 
 

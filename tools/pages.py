@@ -159,18 +159,19 @@ def entries(lines: list[str], parent, name: str, rows: Ledger) -> Iterator[str]:
 
 
 def library(root: Path) -> dict[str, tuple[str, str]]:
-    "{module: (the notebook it comes from, its source)}, in the order of the book; what is written by hand is not shown."
+    "{module: (the first notebook it comes from, its source)}, in the order of the book; what is written by hand, with no notebook, is last."
     found = {}
     for path in (root / "diffusion_nb").rglob("[!_]*.py"):
         name = ".".join(path.relative_to(root / "diffusion_nb").with_suffix("").parts)
         source = path.read_text()
-        if made := re.search(r"^# %% \S*/(\w+)\.ipynb ", source, re.MULTILINE):
-            found[name] = made[1], source
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+        made = re.search(r"^# %% \S*/(\w+)\.ipynb ", source, re.MULTILINE)
+        found[name] = made[1] if made else "", source
+    return dict(sorted(found.items(), key=lambda item: (not item[1][0], item[1][0], item[0])))
 
 
 def api_page(name: str, stem: str, heading: str, source: str, rows: Ledger) -> str:
-    top = f"# {name}\n\n`diffusion_nb.{name}` comes from [{heading}](../{stem}.ipynb).\n\n"
+    origin = f"comes from [{heading}](../{stem}.ipynb)" if stem else "is written by hand"
+    top = f"# {name}\n\n{ast.get_docstring(ast.parse(source)) or ''}\n\n`diffusion_nb.{name}` {origin}.\n\n"
     return top + "\n\n".join(entries(source.splitlines(), ast.parse(source), f"diffusion_nb.{name}", rows)) + "\n"
 
 
@@ -194,7 +195,7 @@ def prepare(root: Path, src: Path) -> None:
         nbformat.write(nb, src / f"{stem}.ipynb")
     (src / "api").mkdir()
     for name, (stem, source) in modules.items():
-        (src / f"api/{name}.md").write_text(api_page(name, stem, title(book[stem]), source, rows))
+        (src / f"api/{name}.md").write_text(api_page(name, stem, title(book[stem]) if stem else "", source, rows))
 
 
 class Page(HTMLParser):

@@ -79,9 +79,9 @@ PLUMBING = tuple(
 def fingerprint(*objects) -> str:
     """A hash of the code of these functions and classes, of everything of this project that they mention, and so on.
 
-    It stops at plumbing, which decides no number, and does not see docstrings, comments and messages of errors.
+    What a notebook defines and the library's copy of it count once. It stops at plumbing, which decides no number, and does not see docstrings, comments and messages of errors.
     """
-    seen, found, todo = set(), [], list(objects)
+    seen, found, todo = set(), set(), list(objects)
     while todo:
         obj = inspect.unwrap(todo.pop())
         if (
@@ -99,7 +99,7 @@ def fingerprint(*objects) -> str:
             for leaf in _leaves(value)
         ]
         constants = sorted({f"{name}={v!r}" for name, v in mentioned if isinstance(v, int | float | str)})
-        found.append([obj.__qualname__, *(_plain(_tree(f)) for f in _parts(obj)), *constants])
+        found.add("\0".join([obj.__qualname__, *(_plain(_tree(f)) for f in _parts(obj)), *constants]))
         todo += [v for v in (*(v for _, v in mentioned), *getattr(obj, "__bases__", ())) if callable(v)]
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()[:16]
 
