@@ -953,3 +953,18 @@ def test_replacing_moves_aside_what_is_not_as_it_was_written(name, tmp_path):
         assert call(replace=True)
     (aside,) = tmp_path.glob("*.kept-1*")
     assert (aside / "thesis.txt" if name == "pics" else aside).read_text() == "years of work"
+
+
+def test_each_of_many_fast_denoisers_is_compiled():
+    "PyTorch compiles one code object eight times, and then runs it as it is, without an error."
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+
+    x, t, y = torch.zeros(2, *SHAPE), torch.tensor(0.5), torch.zeros(2, dtype=torch.long)
+    for k in range(12):
+        fast = Fast(tiny(), compile=True, backend=backend)
+        first, again = fast(x, t, y=y), fast(x, t, y=y)
+        assert len(compiled) == k + 1 and first.x0.equal(again.x0)
