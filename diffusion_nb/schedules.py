@@ -122,7 +122,7 @@ class CosineSchedule(Schedule):
         self.first, self.last = math.atan(math.exp(-bound / 2)), math.atan(math.exp(bound / 2))
 
     def coefficients(self, t):
-        angle = torch.lerp(t.new_tensor(self.first), t.new_tensor(self.last), t)
+        angle = torch.lerp(torch.full_like(t, self.first), torch.full_like(t, self.last), t)
         return angle.cos(), angle.sin()
 
 
@@ -262,7 +262,7 @@ class Warp(nn.Module):
         self.net = net
 
     def forward(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
-        low, high = self.net(torch.tensor([0.0, 1.0], dtype=torch.float64, device=t.device))
+        low, high = self.net(torch.arange(2, dtype=torch.float64, device=t.device))
         u = (self.net(t) - low) / (high - low)
         return u + (u.clamp(0, 1) - u).detach()  # rounding may leave [0, 1], and must not stop the clock
 
