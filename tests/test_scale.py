@@ -20,6 +20,7 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_nb.data import Pictures
 from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Pred, predict_v
@@ -31,13 +32,16 @@ from diffusion_nb.generation.generate import generate
 from diffusion_nb.generation.record import identity
 from diffusion_nb.grids import time_grid
 from diffusion_nb.guidance import CFG, interval
+from diffusion_nb.losses.score import denoising_score_loss
+from diffusion_nb.losses.simple import denoising_loss, truncated_snr
 from diffusion_nb.mixtures import GMMDenoiser
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import recipe, recipe_trainer
 from diffusion_nb.samplers.heun import heun
 from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde
-from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, linear_betas
+from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
+from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util import profiling
 from diffusion_nb.util.images import to_bytes
 from diffusion_nb.util.profiling import HostSyncs, flops, utilisation
@@ -196,6 +200,36 @@ def trained_on_noise(**options):
     trainer = recipe_trainer(recipe("cifar10") | dict(width=16, batch=16), Pictures(x, y, x, y), device="cpu", skip=True, accumulate=2, **options)  # fmt: skip
     trainer.train_step()
     return trainer
+
+
+class Made(TorchDispatchMode):
+    "Counts the tensors that are made from Python's numbers: on a GPU each is a copy that waits."
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        self.count += f.__name__.startswith("lift_fresh")
+        return f(*args, **(kwargs or {}))
+
+
+ENDS_AT_NOTHING = torch.cat([linear_betas(50)[:-1], torch.ones(1, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("schedule", [CosineSchedule(), VPSchedule(), EDMSchedule(), VESchedule(), DDPMSchedule(linear_betas()),
+                                      DDPMSchedule(ENDS_AT_NOTHING)], ids=lambda s: type(s).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "objective", [denoising_loss, partial(denoising_loss, weight=truncated_snr), denoising_score_loss]
+)
+def test_no_step_makes_a_tensor_of_python_numbers(schedule, objective):
+    denoiser = NetDenoiser(
+        UNet(1, 4, (1, 2), 1, (), classes=10), schedule, predict_v, c_in=lambda a, b: (a**2 + b**2).rsqrt()
+    )
+    trainer = Trainer(denoiser, torch.rand(32, 1, 8, 8) * 2 - 1, steps=3, lr=lambda k: 1e-3, batch=8, loss=objective,
+                      cond={"y": torch.arange(32) % 10}, null=10, device="cpu")  # fmt: skip
+    trainer.train_step()
+    made = Made()
+    made.count = 0
+    with made:
+        trainer.train_step()
+    assert made.count == 0
 
 
 def test_a_training_step_makes_no_look():
