@@ -89,8 +89,11 @@ class DDPMSchedule(Schedule):
     def coefficients(self, t):
         i = t * self.T
         step = i.long().clamp(max=self.T - 1)
-        now, after = self.log_abar.take(step), self.log_abar.take(step + 1)
-        log_abar = torch.where(after.isinf(), now + torch.log1p(step - i), torch.lerp(now, after, i - step))
+        now, after, w = self.log_abar.take(step), self.log_abar.take(step + 1), i - step
+        to_nothing = after.isinf()
+        log_abar = torch.lerp(now, torch.where(to_nothing, now, after), w) + torch.log1p(
+            -torch.where(to_nothing, w, 0)
+        )
         return (log_abar / 2).exp(), log_abar.expm1().abs().sqrt()
 
 # %% ../nbs/02_forward.ipynb #de60d186

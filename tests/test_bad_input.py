@@ -141,9 +141,11 @@ def test_posterior_times_of_a_wrong_shape():
 # schedules and denoisers
 
 
-@pytest.mark.parametrize("betas", [[0.0], [1.0], [-0.1, 0.5], [0.5, 1.5], [0.5, nan], [inf], 0.5, [[0.1, 0.2]]])
+@pytest.mark.parametrize(
+    "betas", [[0.0], [1.0, 0.5], [-0.1, 0.5], [0.5, 1.5], [0.5, nan], [inf], 0.5, [[0.1, 0.2]]]
+)
 def test_betas_outside_0_1(betas):
-    with refused("betas: expected a vector of variances in (0, 1); got"):
+    with refused("betas: expected a vector of variances in (0, 1), the last of which may be 1; got"):
         DDPMSchedule(T(betas))
 
 
@@ -161,9 +163,9 @@ def test_no_betas():
 
 
 def test_linear_betas_of_a_chain_too_short():
-    assert DDPMSchedule(linear_betas(21)).T == 21
+    assert DDPMSchedule(linear_betas(20)).T == 20  # whose last beta is 1
     with refused("betas: expected a vector of variances in (0, 1)"):
-        DDPMSchedule(linear_betas(20))
+        DDPMSchedule(linear_betas(19))
 
 
 class ToPureNoise(Schedule):

@@ -131,7 +131,7 @@ def test_a_backward_pass_is_two_forward_passes():
 
 
 def test_utilisation_is_work_by_time_by_peak(monkeypatch):
-    monkeypatch.setattr(generating, "seconds", lambda call: 0.5)
+    monkeypatch.setattr(profiling, "seconds", lambda call: 0.5)
     layer, x = nn.Linear(10, 10), torch.zeros(5, 10)
     assert utilisation(lambda: layer(x), peak=4000) == pytest.approx(2 * 5 * 10 * 10 / 0.5 / 4000)
     assert utilisation(lambda: None, peak=4000, done=600) == pytest.approx(0.3)
