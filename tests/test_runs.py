@@ -286,7 +286,7 @@ def walk(tmp_path):
         for p in params:
             p.data += torch.randn(p.shape, generator=g, dtype=torch.float64)
         path.append(params[0].detach().clone())
-        hook(SimpleNamespace(step=step, steps=120, rank=0, names=names, params=params))
+        hook(SimpleNamespace(step=step, steps=120, rank=0, denoiser=denoiser))
     return SimpleNamespace(folder=tmp_path, path=torch.stack(path), hook=hook, name=names[0], denoiser=denoiser)
 
 
@@ -321,7 +321,8 @@ def test_snapshots_that_are_not_there_or_damaged(walk, tmp_path):
     with pytest.raises(ValueError, match="step: expected one from 30 to 120"):
         reconstruct(snapshots(walk.folder), 0.1, step=20)
     with pytest.raises(ValueError, match="another denoiser"):
-        walk.hook(SimpleNamespace(step=1, names=("w",), params=[]))
+        other = NetDenoiser(nn.Sequential(nn.Linear(3, 3)), CosineSchedule(), predict_v)
+        walk.hook(SimpleNamespace(step=1, denoiser=other))
     with pytest.raises(ValueError, match="found: expected snapshots"):
         reconstruct([], 0.1)
     with pytest.raises(
