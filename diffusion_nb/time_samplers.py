@@ -19,12 +19,7 @@ def continuous_times(u: Float[Tensor, " b"], step: int = 0) -> Float[Tensor, " b
 
 def chain_times(T: int) -> Callable[[Tensor, int], Tensor]:
     "(u uniform on [0, 1), training step) ↦ t uniform on 1/T, 2/T, …, 1. (DDPM-14)"
-
-    def times(u, step=0):
-        return ((u * T).floor() + 1) / T
-
-    times.__qualname__ = f"chain_times({T})"
-    return times
+    return lambda u, step=0: ((u * T).floor() + 1) / T
 
 # %% ../nbs/14_iddpm.ipynb #a23dbd69
 from collections.abc import Callable

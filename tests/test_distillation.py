@@ -191,20 +191,29 @@ def test_seeds_differ_and_repeat():
     assert same(one, again) and not same(one, other)
 
 
+class Watched:
+    "A loss, and what is done before it."
+
+    def __init__(self, loss, look):
+        self.loss, self.look = loss, look
+
+    def __call__(self, *args, **cond):
+        self.look()
+        return self.loss(*args, **cond)
+
+
 @pytest.mark.parametrize("stage, step", [(4, 7), (2, 3), (1, 11)])
 def test_a_stopped_distillation_resumes_bit_for_bit(stage, step, tmp_path):
     whole = distill(network(), PICTURES, 8, **OPTIONS)
 
     def cut(teacher, n):
-        loss, count = distillation_loss(teacher, n), iter(range(100))
+        count = iter(range(100))
 
-        def stopping(*args, **cond):
+        def look():
             if n == stage and next(count) == step:
                 raise KeyboardInterrupt
-            return loss(*args, **cond)
 
-        stopping.__qualname__ = "loss"  # the same run
-        return stopping
+        return Watched(distillation_loss(teacher, n), look)
 
     with pytest.raises(KeyboardInterrupt):
         distill(network(), PICTURES, 8, folder=tmp_path, every=2, objective=cut, **OPTIONS)
@@ -212,14 +221,7 @@ def test_a_stopped_distillation_resumes_bit_for_bit(stage, step, tmp_path):
     calls = []
 
     def counted(teacher, n):
-        loss = distillation_loss(teacher, n)
-
-        def counting(*args, **cond):
-            calls.append(n)
-            return loss(*args, **cond)
-
-        counting.__qualname__ = "loss"
-        return counting
+        return Watched(distillation_loss(teacher, n), lambda: calls.append(n))
 
     resumed = distill(network(), PICTURES, 8, folder=tmp_path, every=2, objective=counted, **OPTIONS)
     assert all(same(resumed[n], whole[n]) for n in whole)

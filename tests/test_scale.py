@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -947,7 +948,13 @@ def test_a_full_disk_says_what_is_safe_and_nothing_is_spoiled(limit, safe, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name, own", [("pics", "pics/thesis.txt"), ("a.npz", "a.npz"), ("pics", "pics.parts/mine.safetensors")]
+    "name, own",
+    [
+        ("pics", "pics/thesis.txt"),
+        ("pics", "pics/mine/thesis.txt"),
+        ("a.npz", "a.npz"),
+        ("pics", "pics.parts/mine.safetensors"),
+    ],
 )
 def test_what_somebody_put_there_meanwhile_is_left_alone(name, own, tmp_path):
     "The run is stopped, a file of one's own is put into its place, and the run goes on: the file is as it was."
@@ -961,7 +968,7 @@ def test_what_somebody_put_there_meanwhile_is_left_alone(name, own, tmp_path):
     call = functools.partial(generate, tmp_path / name, tiny().eval(), stops, TS, 6, SHAPE, chunk=3, cond=labels)
     with pytest.raises(KeyboardInterrupt):
         call()
-    (tmp_path / own).parent.mkdir(exist_ok=True)
+    (tmp_path / own).parent.mkdir(exist_ok=True, parents=True)
     (tmp_path / own).write_text("years of work")
     stops.calls = [0] * 9
     if own.startswith(f"{name}.parts"):
@@ -972,6 +979,7 @@ def test_what_somebody_put_there_meanwhile_is_left_alone(name, own, tmp_path):
         kept = tmp_path / f"{name}.parts"
         assert len(list(kept.glob("*-*.safetensors"))) == 2  # all that was drawn is there
         (tmp_path / own).rename(tmp_path / "elsewhere")
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
         assert call()
         own = "elsewhere"
     assert (tmp_path / own).read_text() == "years of work"

@@ -13,11 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffusion_nb.denoisers import NetDenoiser, predict_v
+from diffusion_nb.losses.bound import bound_loss
 from diffusion_nb.losses.simple import denoising_loss
+from diffusion_nb.losses.vdm import vdm_loss
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import TARGETS
 from diffusion_nb.schedules import CosineSchedule, VPSchedule
 from diffusion_nb.time_samplers import chain_times, continuous_times
+from diffusion_nb.training.identity import name_of
 from diffusion_nb.training.lr import warmup_constant, warmup_cosine
 from diffusion_nb.training.trainer import Trainer, flip_half
 from diffusion_nb.util.images import as_bytes
@@ -96,12 +99,21 @@ def test_buffers_are_in_the_checkpoint_and_in_the_average(tmp_path):
 @pytest.mark.parametrize("other", [
     dict(x0=-PICTURES), dict(ema=0.5), dict(lr=lambda k: 0.2), dict(loss=lambda *a, **k: denoising_loss(*a, **k)), dict(clip=2.0),
     dict(denoiser=NetDenoiser(Scale(), CosineSchedule(), predict_v)), dict(denoiser=NetDenoiser(Scale(), VPSchedule())),
-    dict(seed=1), dict(batch=8), dict(augment=flip_half), dict(times=chain_times(10)), dict(betas=(0.9, 0.9)),
+    dict(seed=1), dict(batch=8), dict(augment=flip_half), dict(times=chain_times(10)), dict(loss=bound_loss(10, 17)), dict(betas=(0.9, 0.9)),
 ], ids=lambda d: next(iter(d)))  # fmt: skip
 def test_another_run_is_refused(tmp_path, other):
     trainer(checkpoint=tmp_path / "c").fit()
     with pytest.raises(ValueError, match="is of another run"):
         trainer(checkpoint=tmp_path / "c", **other)
+
+
+def test_a_loss_made_with_other_numbers_is_another_loss(tmp_path):
+    trainer(checkpoint=tmp_path / "c", times=chain_times(10)).fit()
+    with pytest.raises(ValueError, match=r"is of another run \(times .*T=10.* → .*T=20"):
+        trainer(checkpoint=tmp_path / "c", times=chain_times(20))
+    assert name_of(bound_loss(10, 17)) != name_of(bound_loss(10, 256)) and name_of(vdm_loss(17)) != name_of(
+        vdm_loss(256)
+    )
 
 
 def test_more_steps_go_on_and_fewer_are_refused(tmp_path):

@@ -109,9 +109,9 @@ def check_record(here: dict, now: dict, place: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    "A hash of a file, or of all files in a folder, by their names."
+    "A hash of a file, or of all files in a folder and below it, by their names."
     sha = hashlib.sha256()
-    for p in sorted(path.iterdir()) if path.is_dir() else [path]:
-        sha.update(p.name.encode() if path.is_dir() else b"")
+    for p in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        sha.update(p.relative_to(path).as_posix().encode() if path.is_dir() else b"")
         sha.update(p.read_bytes())
     return sha.hexdigest()[:16]

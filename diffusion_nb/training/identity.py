@@ -12,13 +12,21 @@ ROWS = 4096  # of the data that are looked at
 
 
 def name_of(f) -> str:
-    "What a function, a partial or an object is called: `denoising_loss(weight=snr)`."
+    "What a function, a partial or an object is called, with the numbers it was made with: `denoising_loss(weight=snr)`."
     if isinstance(f, partial):
         given = [name_of(v) for v in f.args] + [f"{k}={name_of(v)}" for k, v in f.keywords.items()]
         return f"{name_of(f.func)}({', '.join(given)})"
     if f is None or isinstance(f, bool | int | float | str):
         return repr(f)
-    return getattr(f, "__qualname__", type(f).__qualname__)
+    if not hasattr(f, "__qualname__"):
+        return type(f).__qualname__
+    cells = zip(
+        getattr(f, "__code__", name_of.__code__).co_freevars, getattr(f, "__closure__", None) or (), strict=True
+    )
+    inside = [
+        f"{k}={c.cell_contents!r}" for k, c in cells if isinstance(c.cell_contents, bool | int | float | str)
+    ]
+    return f.__qualname__ + (f"({', '.join(inside)})" if inside else "")
 
 
 def data_hash(x0: Tensor, cond: dict[str, Tensor]) -> str:
