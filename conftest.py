@@ -8,14 +8,18 @@ from queue import Empty
 
 import hypothesis
 import pytest
+import zmq
+from jupyter_client.manager import KernelManager
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell
 
+from diffusion_nb.util.allocator import keep_freed_memory
 from tools.printed import Printed
 
 # One thread for each of the two workers; kernels inherit this, and the rest. `make test-anywhere` asks for others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"PYTHONHASHSEED": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+keep_freed_memory()
 # The stored outputs are those of settings.ini as it stands.
 for name in ("DIFFUSION_NB_PROFILE", "DIFFUSION_NB_SET"):
     os.environ.pop(name, None)
@@ -51,8 +55,15 @@ class Cell(IPyNbCell):
         return Printed(text) if isinstance(text, str) else text
 
 
+class Manager(KernelManager):
+    def client(self, **kwargs):
+        client = super().client(**kwargs)
+        client.context.setsockopt(zmq.RCVHWM, 0)  # its sockets come after this
+        return client
+
+
 class Kernel(RunningKernel):
-    """A kernel whose messages are read while a cell runs.
+    """A kernel whose messages are read while a cell runs, from queues without a limit.
 
     Left until the cell has ended, they wait in queues of a thousand each, which drop what is beyond: a progress bar fills
     them in a minute, and the message that ends the cell is lost.
@@ -89,9 +100,10 @@ class Kernel(RunningKernel):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure():
+    import nbval.kernel
     import nbval.plugin
 
-    nbval.plugin.RunningKernel = Kernel
+    nbval.plugin.RunningKernel, nbval.kernel.KernelManager = Kernel, Manager
 
 
 LONG = ("test_resume", "07_ddpm", "test_docs", "18_consistency", "11_ddim", "15_analytic", "10_sde", "28_runs")
@@ -104,7 +116,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (place[item.path], files.index(item.path)))
     for item in items:
         if isinstance(item, IPyNbCell):
-            item.__class__ = Cell
+            item.__class__, item.output_timeout = Cell, 600
             # nbdev-clean nulls the count, and nbval takes such a cell for one that was never run.
             item.cell.execution_count = item.cell.execution_count or 0
             if EVAL_FALSE.search(item.cell.source):

@@ -42,7 +42,8 @@ from diffusion_nb.noise import Noise
 from diffusion_nb.samplers.linear import ddim
 from diffusion_nb.schedules import DDPMSchedule, linear_betas
 from diffusion_nb.time_samplers import chain_times
-from diffusion_nb.training.trainer import Trainer, flip_half
+from diffusion_nb.training.batches import flip_half
+from diffusion_nb.training.trainer import Trainer
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from test_parity_diffusers import names  # noqa: E402  our parameter → theirs
@@ -187,7 +188,7 @@ class Training(NamedTuple):
 
 
 def train_ours(s, net, x0, lr):
-    trainer = Trainer(denoiser_of(net), x0, steps=10**6, lr=lambda k: lr, batch=s.batch, times=chain_times(T),
+    trainer = Trainer(denoiser_of(net), x0, steps=10**6, lr=lambda k: lr, batch=s.batch, time_sampler=chain_times(T),
                       augment=flip_half, device=s.device, bf16=s.bf16, compile=s.compile)  # fmt: skip
 
     def loss(x, i, eps):

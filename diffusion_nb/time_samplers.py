@@ -40,7 +40,7 @@ class LossHistory(nn.Module):
     uniform: the share of t that is drawn uniformly ever after, in (0, 1], so that no t is forgotten.
     `remember` collects the losses of a step, whatever part or process they come from; `update`, which `Trainer` calls after each step, takes them
     in. So the weight of a time is that with which it was drawn, and all processes share one memory. The memory is two buffers, which
-    `Trainer(times=history)` keeps in the checkpoint. Nothing in it waits for a GPU.
+    `Trainer(time_sampler=history)` keeps in the checkpoint. Nothing in it waits for a GPU.
     """
 
     def __init__(self, T: int, memory: int = 10, uniform: float = 0.001):
@@ -138,7 +138,7 @@ def log_normal(schedule: Schedule, mean: float = -1.1, std: float = 2.0) -> Call
 
 
 class Levels(nn.Module):
-    """The steps of a grid, drawn at random: levels(u, k) is the upper time of one in training step k, levels.below(t) the lower. The `times` of a Trainer.
+    """The steps of a grid, drawn at random: levels(u, k) is the upper time of one in training step k, levels.below(t) the lower. The `time_sampler` of a Trainer.
 
     Parameters
     ----------

@@ -329,10 +329,15 @@ def test_the_grid_grows_by_doubling():
 def test_looking_at_a_batch_changes_nothing():
     "Drawing is a function of the step: a hook that draws leaves the training as it is, while the grid grows."
     ends = []
-    for hooks in ([], [lambda trainer: list(trainer.draw(trainer.step))]):
+    for hooks in ([], [lambda trainer: list(trainer.batches(trainer.step))]):
         levels = Levels(doubling(lambda n: edm_grid(SCHEDULE, n, 0.02, 80), 2, 16, 12))
         own = dict(
-            steps=12, batch=8, lr=lambda k: 1e-2, times=levels, loss=consistency_training(levels), device="cpu"
+            steps=12,
+            batch=8,
+            lr=lambda k: 1e-2,
+            time_sampler=levels,
+            loss=consistency_training(levels),
+            device="cpu",
         )
         ends.append(Trainer(network().float(), MIXTURE.sample(100)[0].float(), hooks=hooks, **own).fit())
     for a, b in zip(*(end.parameters() for end in ends), strict=True):
@@ -352,7 +357,7 @@ def test_the_number_of_the_step_survives_a_kill(tmp_path):
             steps=12,
             batch=8,
             lr=lambda k: 1e-2,
-            times=levels,
+            time_sampler=levels,
             loss=consistency_training(levels),
             device="cpu",
             checkpoint=checkpoint,
@@ -366,7 +371,7 @@ def test_the_number_of_the_step_survives_a_kill(tmp_path):
     second = trainer(tmp_path / "c.safetensors")
     assert second.step == 7
     second.train_step()
-    assert len(second.times.rising) == 9  # step 7 of 12: the grid has grown twice
+    assert len(second.time_sampler.rising) == 9  # step 7 of 12: the grid has grown twice
     for a, b in zip(whole.parameters(), second.fit().parameters(), strict=True):
         assert a.equal(b)
 

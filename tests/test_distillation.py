@@ -216,14 +216,14 @@ def test_a_stopped_distillation_resumes_bit_for_bit(stage, step, tmp_path):
         return Watched(distillation_loss(teacher, n), look)
 
     with pytest.raises(KeyboardInterrupt):
-        distill(network(), PICTURES, 8, folder=tmp_path, every=2, objective=cut, **OPTIONS)
+        distill(network(), PICTURES, 8, folder=tmp_path, save_every=2, objective=cut, **OPTIONS)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 + halvings(4).index(stage)
     calls = []
 
     def counted(teacher, n):
         return Watched(distillation_loss(teacher, n), lambda: calls.append(n))
 
-    resumed = distill(network(), PICTURES, 8, folder=tmp_path, every=2, objective=counted, **OPTIONS)
+    resumed = distill(network(), PICTURES, 8, folder=tmp_path, save_every=2, objective=counted, **OPTIONS)
     assert all(same(resumed[n], whole[n]) for n in whole)
     assert calls.count(stage) == 12 - step // 2 * 2  # not from the start
     assert all(n <= stage for n in calls)
@@ -324,7 +324,9 @@ def test_a_teacher_of_another_schedule():
 def test_a_time_off_the_students_grid():
     x0, _ = MIXTURE.sample(8)
     best = GMMDenoiser(MIXTURE, CosineSchedule())
-    with pytest.raises(ValueError, match=r"a student of 3 steps learns at 1/3, …, 1 \(times=chain_times\(3\)\)"):
+    with pytest.raises(
+        ValueError, match=r"a student of 3 steps learns at 1/3, …, 1 \(time_sampler=chain_times\(3\)\)"
+    ):
         distillation_loss(best, 3)(best, x0, torch.full((8,), 0.5), NOISE(1))
 
 

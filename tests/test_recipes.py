@@ -40,7 +40,7 @@ def kind(start):
 @pytest.mark.parametrize("name", kind("recipe"))
 def test_recipes(name, profile):
     made = trainer(name, recipe_trainer, recipe(name))
-    x0, t, eps, cond = next(made.draw(0))
+    x0, t, eps, cond = next(made.batches(0))
     with torch.no_grad():
         assert made.denoiser(x0, t, **cond).x0.shape == x0.shape
 

@@ -21,7 +21,7 @@ from diffusion_nb.util.storage import load_tensors
 
 HANGS = 1800  # seconds: what takes so long on any machine, hangs
 
-STEPS = 100
+STEPS = 60
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CLI = [sys.executable, "-m", "diffusion_nb"]
 
@@ -139,22 +139,32 @@ def uninterrupted_pair(whole_pair):
     return weights(whole_pair)
 
 
-def start(out, *more, world=1):
-    "Start training and wait for the first checkpoint."
+def rows(out) -> int:
+    "How often the loss was written down, every five steps."
+    return (out / "log.jsonl").read_bytes().count(b"\n") if (out / "log.jsonl").exists() else 0
+
+
+def start(out, *more, world=1, read=1):
+    "Start training and wait for the first checkpoint, and until the loss was read so often."
     run = Run(words(out, *more), world)
-    while not (out / "checkpoint.safetensors").exists():
+    while not (out / "checkpoint.safetensors").exists() or rows(out) < read:
         assert run.alive(), run.end()
         time.sleep(0.002)
     return run
 
 
-def start_and_signal(out, sig, after):
-    "Start training, wait for the first checkpoint and a little longer, send the signal; returns (exit status, what was said)."
-    run = start(out)
+def start_and_signal(out, sig, read=1, after=0.0):
+    "Start training, wait for the loss to be read so often and a little longer, send the signal; returns (exit status, what was said)."
+    run = start(out, read=read)
     time.sleep(after)
     run.kill(sig)
     (code,), said = run.end()
     return code, said
+
+
+def moment(kill: int) -> tuple[int, float]:
+    "How often the loss is read before a kill, and how much later the kill comes: somewhere in a step, or as a checkpoint is written."
+    return 1 + 3 * kill, 0.02 * float(torch.rand(1, generator=torch.Generator().manual_seed(kill)))
 
 
 def steps_here(out):
@@ -163,8 +173,7 @@ def steps_here(out):
 
 @pytest.mark.parametrize("kill", range(3))
 def test_killed_training_resumes_bit_for_bit(kill, uninterrupted, tmp_path):
-    delay = float(torch.rand(1, generator=torch.Generator().manual_seed(kill))) * 0.6
-    code, _ = start_and_signal(tmp_path, signal.SIGKILL, delay)
+    code, _ = start_and_signal(tmp_path, signal.SIGKILL, *moment(kill))
     assert code == -signal.SIGKILL, "it had ended before it was killed: nothing was tested"
     assert not (tmp_path / "model.safetensors").exists()
     train(tmp_path)
@@ -176,7 +185,7 @@ def test_killed_training_resumes_bit_for_bit(kill, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_an_asked_stop_saves_and_says_how_to_go_on(sig, uninterrupted, tmp_path):
-    code, text = start_and_signal(tmp_path, sig, 0.05)
+    code, text = start_and_signal(tmp_path, sig)
     assert code == 130
     said = re.search(rf"stopped after step (\d+) of {STEPS}; run again to go on from", text)
     assert load_tensors(tmp_path / "checkpoint.safetensors")[1]["step"] == said[1]
@@ -186,7 +195,7 @@ def test_an_asked_stop_saves_and_says_how_to_go_on(sig, uninterrupted, tmp_path)
 
 
 def test_a_truncated_checkpoint_is_passed_over(uninterrupted, tmp_path):
-    start_and_signal(tmp_path, signal.SIGKILL, 0.3)
+    start_and_signal(tmp_path, signal.SIGKILL, 4)
     checkpoint = tmp_path / "checkpoint.safetensors"
     if not Path(f"{checkpoint}.1").exists():
         shutil.copy(checkpoint, f"{checkpoint}.1")
@@ -198,7 +207,7 @@ def test_a_truncated_checkpoint_is_passed_over(uninterrupted, tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    start_and_signal(tmp_path, signal.SIGKILL, 0)
+    start_and_signal(tmp_path, signal.SIGKILL)
     codes, said = Run(words(tmp_path, "--seed", "5")).end()
     assert codes == [1] and "is of another run (seed 0 → 5)" in said
 
@@ -218,8 +227,9 @@ def test_two_processes_train_as_one(whole, whole_pair, tmp_path):
 
 @pytest.mark.parametrize("kill", range(2))
 def test_a_killed_pair_resumes_bit_for_bit(kill, uninterrupted_pair, tmp_path):
-    run = start(tmp_path, world=2)
-    time.sleep(float(torch.rand(1, generator=torch.Generator().manual_seed(kill))) * 0.5)
+    read, after = moment(kill)
+    run = start(tmp_path, world=2, read=read)
+    time.sleep(after)
     run.kill(signal.SIGKILL)
     run.end()
     assert not (tmp_path / "model.safetensors").exists(), "it had ended before it was killed: nothing was tested"

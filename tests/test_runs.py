@@ -62,12 +62,14 @@ class Scale(nn.Module):
 
 def trainer(denoiser=None, **options) -> Trainer:
     denoiser = denoiser or NetDenoiser(Scale(), CosineSchedule(), predict_v)
-    return Trainer(denoiser, X0, **dict(steps=20, lr=lambda k: 0.01 + k, batch=16, read=5, device="cpu") | options)
+    return Trainer(
+        denoiser, X0, **dict(steps=20, lr=lambda k: 0.01 + k, batch=16, log_every=5, device="cpu") | options
+    )
 
 
 def at(step, loss=0.5, rank=0, **more):
     "A trainer as a hook sees it after this step, its loss just read."
-    fake = dict(step=step, losses=[(step, loss)], rank=rank, steps=100, speed=7.0, skip=False, shard=False, lr=lambda k: 10 * k,
+    fake = dict(step=step, losses=[(step, loss)], rank=rank, steps=100, speed=7.0, state=SimpleNamespace(skip=False, shard=False), lr=lambda k: 10 * k,
                 device=torch.device("cpu"))  # fmt: skip
     return SimpleNamespace(**fake | more)
 
@@ -171,7 +173,7 @@ def test_grids_do_not_disturb_and_can_be_compared(tmp_path):
     draw = fixed_draws((1, 2, 2), n=4, calls=3)
     plain, watched = trainer(), trainer(hooks=[Grids(tmp_path, draw, every=8)])
     plain.fit(), watched.fit()
-    assert plain.params[0].equal(watched.params[0])
+    assert plain.state.params[0].equal(watched.state.params[0])
     assert [p.name for p in sorted(tmp_path.glob("*.png"))] == [
         "step-00000008.png",
         "step-00000016.png",
@@ -207,7 +209,7 @@ def test_grids_start_at_the_schedules_noise_and_tell_the_labels(tmp_path):
 
 def test_grids_refuse_sharded_weights(tmp_path):
     with pytest.raises(ValueError, match="shard=True the averaged weights are whole only at the end"):
-        Grids(tmp_path, None, every=1)(at(1, shard=True))
+        Grids(tmp_path, None, every=1)(at(1, state=SimpleNamespace(shard=True)))
 
 
 # the speed
@@ -356,7 +358,7 @@ def test_averages_are_in_the_checkpoint(tmp_path):
             if t.step == until < 20:
                 raise ConnectionError("stopped")
 
-        done = trainer(denoiser, hooks=[hook, stop], checkpoint=folder / "c", every=5, lr=lambda k: 0.01)
+        done = trainer(denoiser, hooks=[hook, stop], checkpoint=folder / "c", save_every=5, lr=lambda k: 0.01)
         with contextlib.suppress(ConnectionError):
             done.fit()
         assert done.step == until

@@ -20,9 +20,10 @@ from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import TARGETS
 from diffusion_nb.schedules import CosineSchedule, VPSchedule
 from diffusion_nb.time_samplers import chain_times, continuous_times
+from diffusion_nb.training.batches import flip_half
 from diffusion_nb.training.identity import name_of
 from diffusion_nb.training.lr import warmup_constant, warmup_cosine
-from diffusion_nb.training.trainer import Trainer, flip_half
+from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.images import as_bytes
 from diffusion_nb.util.profiling import largest_that_fits
 from diffusion_nb.util.storage import load_tensors
@@ -50,12 +51,12 @@ def trainer(denoiser=None, x0=PICTURES, **options) -> Trainer:
 
 def test_average_follows_its_recursion():
     run = trainer(ema=0.3)
-    want = run.params[0].item()
+    want = run.state.params[0].item()
     for k in range(20):
         run.train_step()
         decay = min(0.3, (1 + k) / (10 + k))
-        want = decay * want + (1 - decay) * run.params[0].item()
-        assert abs(run.averages[0].item() - want) < 1e-5
+        want = decay * want + (1 - decay) * run.state.params[0].item()
+        assert abs(run.state.averages[0].item() - want) < 1e-5
 
 
 def test_the_average_carries_no_graph():
@@ -99,7 +100,7 @@ def test_buffers_are_in_the_checkpoint_and_in_the_average(tmp_path):
 @pytest.mark.parametrize("other", [
     dict(x0=-PICTURES), dict(ema=0.5), dict(lr=lambda k: 0.2), dict(loss=lambda *a, **k: denoising_loss(*a, **k)), dict(clip=2.0),
     dict(denoiser=NetDenoiser(Scale(), CosineSchedule(), predict_v)), dict(denoiser=NetDenoiser(Scale(), VPSchedule())),
-    dict(seed=1), dict(batch=8), dict(augment=flip_half), dict(times=chain_times(10)), dict(loss=bound_loss(10, 17)), dict(betas=(0.9, 0.9)),
+    dict(seed=1), dict(batch=8), dict(augment=flip_half), dict(time_sampler=chain_times(10)), dict(loss=bound_loss(10, 17)), dict(betas=(0.9, 0.9)),
 ], ids=lambda d: next(iter(d)))  # fmt: skip
 def test_another_run_is_refused(tmp_path, other):
     trainer(checkpoint=tmp_path / "c").fit()
@@ -108,9 +109,9 @@ def test_another_run_is_refused(tmp_path, other):
 
 
 def test_a_loss_made_with_other_numbers_is_another_loss(tmp_path):
-    trainer(checkpoint=tmp_path / "c", times=chain_times(10)).fit()
+    trainer(checkpoint=tmp_path / "c", time_sampler=chain_times(10)).fit()
     with pytest.raises(ValueError, match=r"is of another run \(times .*T=10.* → .*T=20"):
-        trainer(checkpoint=tmp_path / "c", times=chain_times(20))
+        trainer(checkpoint=tmp_path / "c", time_sampler=chain_times(20))
     assert name_of(bound_loss(10, 17)) != name_of(bound_loss(10, 256)) and name_of(vdm_loss(17)) != name_of(
         vdm_loss(256)
     )
@@ -132,16 +133,16 @@ COLUMNS = torch.arange(16.0).repeat(N, 1) + 1
 @pytest.mark.parametrize("null", [0, torch.zeros(16)], ids=["a number", "one of its shape"])
 def test_conditions_of_any_shape_are_left_out_row_by_row(null):
     "As many columns as pictures in the batch: a mask that is not reshaped would fall on the columns."
-    run = trainer(cond={"y": COLUMNS}, null=null, drop=0.4)
-    gone = torch.cat([(run_y["y"] == 0) for k in range(20) for *_, run_y in run.draw(k)])
+    run = trainer(cond={"y": COLUMNS}, null=null, cond_dropout=0.4)
+    gone = torch.cat([(run_y["y"] == 0) for k in range(20) for *_, run_y in run.batches(k)])
     assert (gone.all(1) | ~gone.any(1)).all()
     assert abs(gone[:, 0].double().mean().item() - 0.4) < 4 * (0.24 / 320) ** 0.5
 
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_several_conditions_are_left_out_together_or_apart(apart):
-    run = trainer(cond={"y": LABELS, "text": COLUMNS}, null={"y": N, "text": 0.0}, drop=0.4, apart=apart)
-    both = [(c["y"] == N, (c["text"] == 0).all(1)) for k in range(20) for *_, c in run.draw(k)]
+    run = trainer(cond={"y": LABELS, "text": COLUMNS}, null={"y": N, "text": 0.0}, cond_dropout=0.4, apart=apart)
+    both = [(c["y"] == N, (c["text"] == 0).all(1)) for k in range(20) for *_, c in run.batches(k)]
     y, text = (torch.cat(v).double() for v in zip(*both, strict=True))
     for share in (y, text):
         assert abs(share.mean().item() - 0.4) < 4 * (0.24 / 320) ** 0.5
@@ -163,7 +164,7 @@ def test_conditions_that_are_pictures_are_augmented_alike():
     slope = torch.linspace(-1, 1, 4).expand(N, 1, 4, 4) * torch.linspace(0.5, 1, N).reshape(N, 1, 1, 1)
     run = Trainer(NetDenoiser(Scale(), CosineSchedule()), slope, steps=1, lr=lambda k: 0.1, batch=32, device="cpu",
                   cond={"low": 0.5 * slope}, augment=flip_half)  # fmt: skip
-    ((x0, _, _, cond),) = run.draw(0)
+    ((x0, _, _, cond),) = run.batches(0)
     assert cond["low"].equal(0.5 * x0) and 0 < (x0[..., 0] > 0).double().mean() < 1
 
 
@@ -176,8 +177,8 @@ def test_pictures_in_another_range_are_warned_of(x0, says):
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(steps=-1), dict(steps=1.5), dict(batch=0), dict(every=0), dict(read=0), dict(ema=1.0), dict(ema=math.nan), dict(ema=-0.1),
-    dict(drop=1.5), dict(clip=0.0), dict(lr=lambda k: math.nan), dict(lr=lambda k: -1.0), dict(accumulate=0),
+    dict(steps=-1), dict(steps=1.5), dict(batch=0), dict(save_every=0), dict(log_every=0), dict(ema=1.0), dict(ema=math.nan), dict(ema=-0.1),
+    dict(cond_dropout=1.5), dict(clip=0.0), dict(lr=lambda k: math.nan), dict(lr=lambda k: -1.0), dict(accumulate=0),
 ], ids=lambda d: f"{next(iter(d))}")  # fmt: skip
 def test_numbers_are_checked_at_the_door(wrong):
     with pytest.raises(ValueError, match="expected"):
@@ -206,25 +207,25 @@ def test_learning_rates():
     run = trainer(lr=lambda k: 0.1 + k)
     for k in range(3):
         run.train_step()
-        assert run.optimizer.param_groups[0]["lr"] == 0.1 + k
+        assert run.state.optimizer.param_groups[0]["lr"] == 0.1 + k
 
 
 def test_gradients_are_clipped():
     run = trainer(clip=0.01)
     run.train_step()
-    assert run.optimizer.state[run.params[0]]["exp_avg"].abs().item() == pytest.approx(
+    assert run.state.optimizer.state[run.state.params[0]]["exp_avg"].abs().item() == pytest.approx(
         0.001
     )  # 0.1 of the gradient
 
 
 def test_labels_belong_to_their_pictures():
-    x0, _, _, cond = next(trainer(cond={"y": LABELS}).draw(0))
+    x0, _, _, cond = next(trainer(cond={"y": LABELS}).batches(0))
     assert torch.equal(x0, PICTURES[cond["y"]]) and len(cond["y"].unique()) > 5
 
 
 def test_share_of_labels_dropped():
-    run = trainer(cond={"y": LABELS}, null=N, drop=0.2, batch=20_000)
-    share = (next(run.draw(0))[3]["y"] == N).double().mean()
+    run = trainer(cond={"y": LABELS}, null=N, cond_dropout=0.2, batch=20_000)
+    share = (next(run.batches(0))[3]["y"] == N).double().mean()
     assert abs(share - 0.2) < 5 * (0.2 * 0.8 / 20_000) ** 0.5
 
 
@@ -254,8 +255,8 @@ def test_a_recipes_loss_is_the_plain_error_of_its_target(target):
 
 def test_parts_draw_what_the_whole_batch_draws():
     options = dict(cond={"y": LABELS}, null=N, batch=24)
-    (whole,) = trainer(**options).draw(7)
-    parts = list(trainer(accumulate=3, **options).draw(7))
+    (whole,) = trainer(**options).batches(7)
+    parts = list(trainer(accumulate=3, **options).batches(7))
     assert [len(p[0]) for p in parts] == [8, 8, 8]
     for i in range(3):
         assert torch.equal(torch.cat([p[i] for p in parts]), whole[i])
@@ -272,10 +273,10 @@ def test_times_with_a_memory_are_asked_once_a_step():
             self.calls += 1
             return 1 - u
 
-    run = trainer(accumulate=4, times=Counting())
+    run = trainer(accumulate=4, time_sampler=Counting())
     for _ in range(3):
         run.train_step()
-    assert run.times.calls == 3
+    assert run.time_sampler.calls == 3
 
 
 def test_accumulated_gradient_is_that_of_the_batch():
@@ -283,7 +284,7 @@ def test_accumulated_gradient_is_that_of_the_batch():
     for _ in range(3):
         torch.testing.assert_close(one.train_step(), parts.train_step(), rtol=1e-6, atol=0)
     for m in ("exp_avg", "exp_avg_sq"):
-        a, b = (r.optimizer.state[r.params[0]][m] for r in (one, parts))
+        a, b = (r.state.optimizer.state[r.state.params[0]][m] for r in (one, parts))
         torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
 
 
@@ -303,7 +304,7 @@ def test_bytes_stand_for_the_pictures_they_were_made_from():
     small = as_bytes(x)
     assert small.dtype == torch.uint8 and small.nbytes == x.nbytes // 4
     runs = [Trainer(NetDenoiser(Scale(), CosineSchedule()), data, steps=5, lr=lambda k: 0.1, batch=8, device="cpu") for data in (x, small)]  # fmt: skip
-    a, b = (next(r.draw(3)) for r in runs)
+    a, b = (next(r.batches(3)) for r in runs)
     assert a[0].equal(b[0]) and b[0].dtype == torch.float32
     assert runs[0].train_step() == runs[1].train_step()
 
@@ -328,19 +329,19 @@ class Spoilt(Scale):
 
 
 def spoilt(bad, **options):
-    return Trainer(NetDenoiser(Spoilt(bad), CosineSchedule()), PICTURES, **dict(steps=20, lr=lambda k: 0.1, batch=16, device="cpu", read=5) | options)  # fmt: skip
+    return Trainer(NetDenoiser(Spoilt(bad), CosineSchedule()), PICTURES, **dict(steps=20, lr=lambda k: 0.1, batch=16, device="cpu", log_every=5) | options)  # fmt: skip
 
 
 def test_a_step_that_is_not_a_number_is_left_out_and_counted():
     run = spoilt({3, 4}, skip=True)
     for _ in range(3):
         run.train_step()
-    before = {k: v.clone() for k, v in run._tensors().items() if not k.startswith("average")}
+    before = {k: v.clone() for k, v in run.state.tensors().items() if not k.startswith(("average", "skipped"))}
     run.train_step(), run.train_step()
-    assert all(v.equal(before[k]) for k, v in run._tensors().items() if k in before)
-    assert run.skipped == 2 and run.optimizer.state[run.params[0]]["step"] == 3
+    assert all(v.equal(before[k]) for k, v in run.state.tensors().items() if k in before)
+    assert run.state.skipped == 2 and run.state.optimizer.state[run.state.params[0]]["step"] == 3
     run.train_step()
-    assert run.params[0].isfinite() and run.params[0] != before["net.net.w"]
+    assert run.state.params[0].isfinite() and run.state.params[0] != before["net.net.w"]
 
 
 def test_the_losses_of_left_out_steps_are_not_averaged():
@@ -359,13 +360,13 @@ def test_nothing_but_bad_steps_stops_even_so():
 
 def test_without_skip_a_bad_step_stops_before_it_is_saved(tmp_path):
     file = tmp_path / "run.safetensors"
-    run = spoilt({7}, checkpoint=file, every=3)
+    run = spoilt({7}, checkpoint=file, save_every=3)
     with pytest.raises(
         FloatingPointError, match=r"between steps 6 and 9: .*skip=True leaves such steps out.*holds step 6"
     ):
         run.fit()
-    again = spoilt(set(), checkpoint=file, every=3)
-    assert again.step == 6 and all(v.isfinite().all() for v in again._tensors().values())
+    again = spoilt(set(), checkpoint=file, save_every=3)
+    assert again.step == 6 and all(v.isfinite().all() for v in again.state.tensors().values())
 
 
 def test_skipped_steps_are_remembered(tmp_path):
@@ -378,8 +379,8 @@ def test_skipped_steps_are_remembered(tmp_path):
     second = spoilt(set(), skip=True, checkpoint=tmp_path / "1.safetensors")
     for _ in range(3):
         second.train_step()
-    assert second.skipped == 1
-    assert all(v.equal(whole._tensors()[k]) for k, v in second._tensors().items())
+    assert second.state.skipped == 1
+    assert all(v.equal(whole.state.tensors()[k]) for k, v in second.state.tensors().items())
 
 
 class Hungry(Scale):
@@ -434,12 +435,12 @@ class Watch(nn.Module):
 
     def forward(self, run):
         self.steps.append(run.step)
-        self.total += run.params[0].detach()
+        self.total += run.state.params[0].detach()
 
 
 def test_hooks_see_each_step_and_their_buffers_are_kept(tmp_path):
     watch, again, whole = Watch(), Watch(), Watch()
-    options = dict(checkpoint=tmp_path / "run.safetensors", every=4)
+    options = dict(checkpoint=tmp_path / "run.safetensors", save_every=4)
     stopped = trainer(hooks=[watch, lambda run: run.step == 10 and signal.raise_signal(signal.SIGTERM)], **options)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 11 of 20; run again"):
         stopped.fit()
@@ -457,7 +458,7 @@ def files(folder):
 
 
 def test_the_last_checkpoints_are_kept(tmp_path):
-    trainer(checkpoint=tmp_path / "run.safetensors", every=3, keep=3).fit()
+    trainer(checkpoint=tmp_path / "run.safetensors", save_every=3, keep_checkpoints=3).fit()
     assert files(tmp_path) == ["run.safetensors", "run.safetensors.1", "run.safetensors.2"]
     steps = [load_tensors(tmp_path / f)[1]["step"] for f in files(tmp_path)]
     assert steps == ["20", "18", "15"]
@@ -468,14 +469,14 @@ def test_the_last_checkpoints_are_kept(tmp_path):
 )
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, harm):
     file = tmp_path / "run.safetensors"
-    first = trainer(checkpoint=file, every=5)
+    first = trainer(checkpoint=file, save_every=5)
     for _ in range(10):
         first.train_step()
         if first.step % 5 == 0:
             first.save()
     file.write_bytes(harm(file.read_bytes()))
     with pytest.warns(UserWarning, match=r"run.safetensors is damaged .*; going on from run.safetensors.1"):
-        second = trainer(checkpoint=file, every=5)
+        second = trainer(checkpoint=file, save_every=5)
     assert second.step == 5
     second.train_step()
     second.save()
@@ -490,7 +491,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, harm):
 
 def test_a_writer_killed_between_its_two_renames(tmp_path):
     file = tmp_path / "run.safetensors"
-    trainer(checkpoint=file, every=10).fit()
+    trainer(checkpoint=file, save_every=10).fit()
     file.rename(f"{file}.1")
     assert trainer(checkpoint=file).step == 20
 
@@ -538,7 +539,7 @@ def test_a_disk_that_fills_up_costs_no_step(tmp_path, monkeypatch):
         save_file(*args, **options)
 
     monkeypatch.setattr("diffusion_nb.util.storage.save_file", full)
-    run = trainer(checkpoint=file, every=4)
+    run = trainer(checkpoint=file, save_every=4)
     with pytest.warns(
         UserWarning,
         match=r"the checkpoint of step 12 could not be written: .*No space left.* That of step 4 is whole. Training goes on",

@@ -260,8 +260,8 @@ def trainer(path, steps=40) -> Trainer:
     history, T = LossHistory(20, memory=2), 20
     schedule = DDPMSchedule(linear_betas(T).clamp(max=0.5)) if T >= 21 else CosineSchedule()
     x0 = (draw(0, 30).float().clamp(-1, 1) * 8).round() / 8
-    return Trainer(NetDenoiser(Speaker(), schedule, predict_v), x0, steps=steps, lr=lambda k: 0.01, batch=8, times=history, device="cpu",
-                   loss=weighted(bound_loss(T, 17, learned), history), checkpoint=path, every=15)  # fmt: skip
+    return Trainer(NetDenoiser(Speaker(), schedule, predict_v), x0, steps=steps, lr=lambda k: 0.01, batch=8, time_sampler=history, device="cpu",
+                   loss=weighted(bound_loss(T, 17, learned), history), checkpoint=path, save_every=15)  # fmt: skip
 
 
 def test_training_resumes_with_its_memory_bit_for_bit(tmp_path):
@@ -272,11 +272,13 @@ def test_training_resumes_with_its_memory_bit_for_bit(tmp_path):
     cut.save()
     del cut
     again = trainer(tmp_path / "cut")
-    assert again.step == 25 and again.times.count.sum() == 25 * 8
-    assert not again.times.probabilities().allclose(torch.tensor(1 / 20, dtype=F64))  # importance was at work
+    assert again.step == 25 and again.time_sampler.count.sum() == 25 * 8
+    assert not again.time_sampler.probabilities().allclose(
+        torch.tensor(1 / 20, dtype=F64)
+    )  # importance was at work
     again.fit()
-    assert all(a.equal(b) for a, b in zip(again.averages, whole.averages, strict=True))
-    assert again.times.square.equal(whole.times.square) and again.times.count.equal(whole.times.count)
+    assert all(a.equal(b) for a, b in zip(again.state.averages, whole.state.averages, strict=True))
+    assert again.time_sampler.square.equal(whole.times.square) and again.times.count.equal(whole.times.count)
 
 
 def test_networks_of_the_table_differ_in_the_outputs_alone():

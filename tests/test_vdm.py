@@ -272,7 +272,7 @@ def test_both_recipes_train_at_toy_size(name, changes, shape):
 def test_resumed_training_is_the_same_and_keeps_float64(tmp_path):
     d, file = pictures(), tmp_path / "c.safetensors"
     whole = vdm_trainer(TINY, d, device="cpu").fit()
-    first = vdm_trainer(TINY, d, device="cpu", checkpoint=file, every=3)
+    first = vdm_trainer(TINY, d, device="cpu", checkpoint=file, save_every=3)
     with torch.random.fork_rng():
         for _ in range(3):
             first.train_step()
@@ -283,7 +283,7 @@ def test_resumed_training_is_the_same_and_keeps_float64(tmp_path):
         for part in ("net", "average", "exp_avg")
         for name in ("denoiser.schedule.ends", "warp.net.w3")
     } == {F64}
-    resumed = vdm_trainer(TINY, d, device="cpu", checkpoint=file, every=3)
+    resumed = vdm_trainer(TINY, d, device="cpu", checkpoint=file, save_every=3)
     assert resumed.step == 3
     for (name, p), (_, q) in zip(whole.named_parameters(), resumed.fit().named_parameters(), strict=True):
         assert p.equal(q), name

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
+from diffusion_nb.util.allocator import VARIABLES
 from diffusion_nb.util.storage import PACKAGE, shipped, write_atomically
 
 MEMORY = 2 * 2**30  # bytes that a notebook may need: the largest takes about half
@@ -129,7 +130,7 @@ def execute(path: Path, out: Path, kernels: Kernels) -> tuple[float, str | None]
         kernels.clients.add(client)
         try:
             # one thread a kernel: they share the cores, and sums are added in one order
-            client.execute(env={"OMP_NUM_THREADS": "1"} | os.environ)
+            client.execute(env={"OMP_NUM_THREADS": "1"} | VARIABLES | os.environ)
         except (CellExecutionError, DeadKernelError) as e:
             problem = str(e)
         finally:

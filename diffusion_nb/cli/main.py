@@ -6,6 +6,7 @@ import sys
 from diffusion_nb.cli.book import artifacts, data, ledger, run
 from diffusion_nb.cli.sample import bits, sample
 from diffusion_nb.cli.train import distill, train
+from diffusion_nb.util.allocator import keep_freed_memory
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     "Returns 0 if all went well, 1 if not, 130 after Ctrl-C (2: the arguments made no sense)."
     args = parser().parse_args(argv)
+    keep_freed_memory()
     try:
         return args.command(args)
     except KeyboardInterrupt as e:

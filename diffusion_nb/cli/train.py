@@ -29,8 +29,8 @@ def watchers(args, out: Path, denoiser, data, classes: int, device) -> list:
     if args.grids:
         draw = fixed_draws(data.shape, 8 * classes or 64, classes)
         hooks.append(Grids(out / "grids", draw, args.grids, 8, *board))
-    if args.power_ema:  # first: the checkpoint knows the hooks by their place
-        hooks.insert(0, PowerEMA(denoiser, folder=out / "power", every=args.every))
+    if args.power_ema:
+        hooks.append(PowerEMA(denoiser, folder=out / "power", every=args.every))
     return hooks + board
 
 
@@ -61,7 +61,7 @@ def train_together(args, team) -> int:
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.use_deterministic_algorithms(args.deterministic)
     trainer = trainer_of(r, data.load(), device=device, bf16=args.bf16, compile=args.compile, checkpoint=out / "checkpoint.safetensors",
-                         every=args.every, keep=args.keep, accumulate=args.accumulate, skip=args.skip, shard=args.shard,
+                         save_every=args.every, keep_checkpoints=args.keep, accumulate=args.accumulate, skip=args.skip, shard=args.shard,
                          hooks=watchers(args, out, fresh(r, data.shape), data, r["classes"], device))  # fmt: skip
     resumed, start = trainer.step, time.perf_counter()
     if resumed == trainer.steps and all((out / name).exists() for name in ("run.json", "model.safetensors")):
@@ -77,12 +77,12 @@ def train_together(args, team) -> int:
     write_atomically(out / "model.safetensors", lambda p: save_file(weights, p))
     about = dict(vdm=args.vdm, recipe=r, shape=data.shape, levels=data.levels, steps_here=trainer.step - resumed, seconds_here=round(seconds, 1),
                  device=device_name(device), processes=team.world, torch=torch.__version__, bf16=args.bf16, compile=args.compile,
-                 skipped=int(trainer.skipped), losses=trainer.losses)  # fmt: skip
+                 skipped=int(trainer.state.skipped), losses=trainer.losses)  # fmt: skip
     write_json(out / "run.json", about)
     if trainer.step < trainer.steps:
         print(f"step {trainer.step} of {trainer.steps}; the same command goes on from there")
-    if trainer.skipped:
-        print(f"{int(trainer.skipped)} steps were left out, for their gradient was not finite")
+    if trainer.state.skipped:
+        print(f"{int(trainer.state.skipped)} steps were left out, for their gradient was not finite")
     print(f"wrote {out}/model.safetensors and run.json; next: diffusion-nb sample --model {out}")
     return 0
 
@@ -91,7 +91,7 @@ def distill(args) -> int:
     from diffusion_nb.recipes.consistency import train_consistency
     from diffusion_nb.recipes.distillation import distill_recipe
 
-    options = dict(device=args.device, bf16=args.bf16, compile=args.compile, every=args.every)
+    options = dict(device=args.device, bf16=args.bf16, compile=args.compile, save_every=args.every)
     if args.consistency:
         folder = Path(args.out or f"runs/{args.data}")
         if not (folder / "run.json").exists():

@@ -76,7 +76,7 @@ def run_ablation(**r) -> tuple[dict, dict]:
             key = (target, loss, var if loss == "L" else None)
             if key not in trained:
                 trainer = Trainer(ablation_denoiser(r, target, seed), data.x, steps=r["steps"], batch=r["batch"], seed=seed,
-                                  lr=warmup_cosine(r["lr"], 100, r["steps"]), times=chain_times(r["T"]), ema=r["ema"], betas=(0.9, 0.99),
+                                  lr=warmup_cosine(r["lr"], 100, r["steps"]), time_sampler=chain_times(r["T"]), ema=r["ema"], betas=(0.9, 0.99),
                                   loss=ablation_loss(r, target, loss, var), cond={"y": data.y}, null=10, device="cpu")  # fmt: skip
                 trained[key] = trainer.fit()
             table[cell, seed] = torch.tensor(ablation_numbers(trained[key], r, var))

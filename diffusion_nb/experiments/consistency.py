@@ -85,7 +85,7 @@ def digit_trainer(r: dict, kind: str, seed: int, steps: int, lr: float, levels: 
         plan, digits(), digit_student(kind, seed), partial(make, **options), 10, device="cpu"
     )
     if averaged:
-        trainer.loss = make(trainer.times, target=trainer.average, **options)
+        trainer.loss = make(trainer.time_sampler, target=trainer.average, **options)
     return trainer
 
 

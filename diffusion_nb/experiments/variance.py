@@ -75,7 +75,7 @@ def bounds_trainer(r: dict, way: str, seed: int) -> Trainer:
     (betas, objective, channels_out, _), data = WAYS[way], digits()
     loss, times = objective(r["T"])
     return Trainer(bounds_denoiser(r, betas, channels_out, seed), data.x, steps=r["steps"], batch=r["batch"],
-                   lr=warmup_cosine(r["lr"], 100, r["steps"]), times=times, loss=loss, ema=r["ema"], betas=(0.9, 0.99),
+                   lr=warmup_cosine(r["lr"], 100, r["steps"]), time_sampler=times, loss=loss, ema=r["ema"], betas=(0.9, 0.99),
                    cond={"y": data.y}, null=10, seed=seed, device="cpu")  # fmt: skip
 
 # %% ../../nbs/14_iddpm.ipynb #83ef6b5e

@@ -134,7 +134,7 @@ def guess_bound(schedule: Schedule, pred: Pred, x0: Float[Tensor, "b *d"], t: Fl
 def bound_loss(steps: int, levels: int, var: Callable = large) -> Callable:
     """The loss (denoiser, x0, t, eps, **cond) ↦ `guess_bound`: DDPM's L, for t uniform on 1/steps … 1. (DDPM-5)
 
-    `Trainer` draws such times with `times=chain_times(steps)`.
+    `Trainer` draws such times with `time_sampler=chain_times(steps)`.
     """
 
     def loss(denoiser, x0, t, eps, **cond):

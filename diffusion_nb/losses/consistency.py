@@ -91,7 +91,7 @@ def consistency_distillation(teacher: Denoiser, levels: Levels, step: Callable =
 
     Parameters
     ----------
-    teacher: with alpha = 1, such as `AsVE(Clip(denoiser))`. levels: t is one of its upper times (make it the Trainer's `times`).
+    teacher: with alpha = 1, such as `AsVE(Clip(denoiser))`. levels: t is one of its upper times (make it the Trainer's `time_sampler`).
     step: `euler_step`, `heun_step`. distance: (a, b) ↦ one number a sample, such as `squared`, `pseudo_huber()`.
     target: who answers for the lower point: f itself if not given, or an average such as `trainer.average`. weight: (sigma_t, sigma_s) ↦ λ.
     Raises ValueError for a teacher in whose schedule alpha is not 1.

@@ -62,7 +62,7 @@ def distillation_loss(teacher: Denoiser, n: int, weight: Callable = truncated_sn
     """The objective (student, x0, t, eps, **cond) ↦ one loss a sample that teaches n steps what the teacher does in 2n. (SUR-pd)
 
     teacher: without gradients, on the student's device. n: the student's steps, at least 1; t must be on its grid 1/n, …, 1: train with
-    `times=chain_times(n)`. weight: (schedule, t) ↦ the weight on the error of x0. Raises ValueError where n is no number of steps, and where
+    `time_sampler=chain_times(n)`. weight: (schedule, t) ↦ the weight on the error of x0. Raises ValueError where n is no number of steps, and where
     the student has another schedule or t is off the grid (not checked on a GPU).
     """
     if n != int(n) or n < 1:
@@ -83,7 +83,9 @@ def check_student(student: Denoiser, teacher: Denoiser, t: Float[Tensor, "*b"], 
     if t.device.type == "cpu":
         check_same_schedule(teacher.schedule, student.schedule, "the student")
         if not ((n * t - (n * t).round()).abs() < 1e-6).all():
-            raise ValueError(f"t: a student of {n} steps learns at 1/{n}, …, 1 (times=chain_times({n})); got {t}")
+            raise ValueError(
+                f"t: a student of {n} steps learns at 1/{n}, …, 1 (time_sampler=chain_times({n})); got {t}"
+            )
 
 # %% ../../nbs/17_distillation.ipynb #2089a634
 def guided_loss(teacher: Denoiser, null: int, weight: Callable = truncated_snr) -> Callable:

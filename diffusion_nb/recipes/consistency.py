@@ -38,20 +38,20 @@ RECIPE = dict(
 def consistency_trainer(
     r: dict, pictures: Pictures, f: nn.Module, make_loss: Callable, classes: int = 0, **options
 ) -> Trainer:
-    """The trainer that a recipe describes: `make_loss(levels)` is the loss. options: device, bf16, compile, checkpoint, every.
+    """The trainer that a recipe describes: `make_loss(levels)` is the loss. options: device, bf16, compile, checkpoint, save_every.
 
     The recipe's keys are those of RECIPE; the grid has r["levels"] steps, the last one down to 0. With classes, one label in ten becomes "any".
     """
     levels = Levels(steady(edm_grid(f.schedule, r["levels"], r["smallest"], r["largest"])))
     labels = dict(cond={"y": pictures.y}, null=classes) if classes else {}
-    return Trainer(f, pictures.x, steps=r["steps"], batch=r["batch"], lr=warmup_cosine(r["lr"], r["warmup"], r["steps"]), times=levels,
+    return Trainer(f, pictures.x, steps=r["steps"], batch=r["batch"], lr=warmup_cosine(r["lr"], r["warmup"], r["steps"]), time_sampler=levels,
                    loss=make_loss(levels), ema=r["ema"], betas=(0.9, r["beta2"]), seed=r["seed"], **labels, **options)  # fmt: skip
 
 
 def train_consistency(name: str, teacher_folder: Path | str, distil: bool = True, **options) -> Guess:
     """A one-step model of MNIST or CIFAR-10 from a folder that `diffusion-nb train` wrote, by [consistency.NAME] of settings.ini.
 
-    distil: whether to follow the teacher, or only to start from its weights. options: device, bf16, compile, checkpoint, every.
+    distil: whether to follow the teacher, or only to start from its weights. options: device, bf16, compile, checkpoint, save_every.
     Writes consistency.safetensors beside the teacher. Raises FileNotFoundError where the folder holds no run.json and model.safetensors.
     """
     r, folder = vars(settings(f"consistency.{name}", **RECIPE)), Path(teacher_folder)

@@ -11,8 +11,9 @@ from diffusion_nb.losses.simple import denoising_loss, snr, snr_plus_one
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.recipes.settings import ints, one_of, settings
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, linear_betas
+from diffusion_nb.training.batches import flip_half
 from diffusion_nb.training.lr import warmup_constant, warmup_cosine
-from diffusion_nb.training.trainer import Trainer, flip_half
+from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.checks import check_numbers
 from diffusion_nb.util.images import as_bytes
 
@@ -42,7 +43,7 @@ def recipe_denoiser(r: dict, shape: Sequence[int]) -> NetDenoiser:
 
 
 def recipe_trainer(r: dict, pictures: Pictures, **options) -> Trainer:
-    "The trainer that a recipe describes. options: those of `Trainer`, such as device, bf16, compile, checkpoint, every."
+    "The trainer that a recipe describes. options: those of `Trainer`, such as device, bf16, compile, checkpoint, save_every."
     denoiser = recipe_denoiser(r, pictures.x.shape[1:])
     lr = {
         "cosine": warmup_cosine(r["lr"], r["warmup"], r["steps"]),

@@ -25,7 +25,7 @@ def distill_recipe(name: str, folder: Path | str, **options) -> dict[int, Denois
     """Train the teacher of [distill.NAME] in settings.ini, then its students, {n: denoiser}.
 
     folder: holds teacher.safetensors and a student-N.safetensors for each; run again, it goes on where it was.
-    options: those of `recipe_trainer`: device, bf16, compile, every.
+    options: those of `recipe_trainer`: device, bf16, compile, save_every.
     """
     r = vars(settings(f"distill.{name}", **DISTILL))
     pictures = data_set(recipe(r["teacher"])["data"]).load()

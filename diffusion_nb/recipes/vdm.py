@@ -40,7 +40,7 @@ def vdm_denoiser(r: dict, shape: Sequence[int]) -> Warped:
 
 
 def vdm_trainer(r: dict, pictures: Pictures, *, compile: bool = False, **options) -> Trainer:
-    "The trainer that a recipe describes. compile: the network. options: device, bf16, checkpoint, every. Raises ValueError for pictures off the grid of levels."
+    "The trainer that a recipe describes. compile: the network. options: device, bf16, checkpoint, save_every. Raises ValueError for pictures off the grid of levels."
     check_levels(pictures.x[:1000], r["levels"])
     lr = {
         "cosine": warmup_cosine(r["lr"], r["warmup"], r["steps"]),

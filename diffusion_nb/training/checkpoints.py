@@ -71,3 +71,11 @@ class Checkpoints:
         if free < number * size:
             raise OSError(f"{folder}: there must be room for {number} checkpoints of {size / 2**20:.1f} MiB, but only "
                           f"{free / 2**20:.1f} MiB are free; make room, or name another folder")  # fmt: skip
+
+
+def check_run(about: dict, run: dict, steps: int, file: Path) -> None:
+    "Raise ValueError where a checkpoint is of another run, or of more than `steps` steps."
+    if differ := [f"{k} {about['run'].get(k)} → {v}" for k, v in run.items() if about["run"].get(k) != v]:
+        raise ValueError(f"{file} is of another run ({', '.join(differ)}); name another file, or delete it")
+    if about["step"] > steps:
+        raise ValueError(f"{file} is of step {about['step']}, and {steps} were asked for; name another file, or delete it")  # fmt: skip

@@ -31,7 +31,7 @@ def distill(teacher: Denoiser, x0: Float[Tensor, "k *d"], n_from: int, n_to: int
     steps: n ↦ how many training steps the student of n steps gets. lr: where its learning rate starts, to fall to 0 in a line.
     folder: where each stage keeps its checkpoint; run again, a distillation that was stopped goes on there, bit for bit.
     wrap: how a teacher is looked at, Denoiser ↦ Denoiser. objective: (teacher, n) ↦ an objective.
-    seed: of everything. options: those of `Trainer`, such as cond, null, batch, ema, device, bf16, compile and every.
+    seed: of everything. options: those of `Trainer`, such as cond, null, batch, ema, device, bf16, compile and save_every.
     Raises ValueError unless n_from is n_to times a power of two, above 1.
     """
     check_halving(n_from, n_to)
@@ -39,7 +39,7 @@ def distill(teacher: Denoiser, x0: Float[Tensor, "k *d"], n_from: int, n_to: int
     while n > n_to:
         n //= 2
         student = copy.deepcopy(teacher).requires_grad_(True)
-        trainer = Trainer(student, x0, steps=steps(n), lr=falling(lr, steps(n)), times=chain_times(n), seed=1000 * seed + n,
+        trainer = Trainer(student, x0, steps=steps(n), lr=falling(lr, steps(n)), time_sampler=chain_times(n), seed=1000 * seed + n,
                           loss=objective(wrap(teacher), n), checkpoint=folder and Path(folder) / f"student-{n}.safetensors", **options)  # fmt: skip
         teacher = students[n] = trainer.fit()
     return students

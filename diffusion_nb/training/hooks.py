@@ -33,8 +33,8 @@ def numbers(trainer: Trainer) -> dict[str, float]:
     row = dict(step=step, loss=loss, lr=trainer.lr(step - 1), pictures_per_second=trainer.speed)
     if trainer.device.type == "cuda":
         row["gpu_gib"] = torch.cuda.max_memory_allocated(trainer.device) / 2**30
-    if trainer.skip:
-        row["skipped"] = int(trainer.skipped)
+    if trainer.state.skip:
+        row["skipped"] = int(trainer.state.skipped)
     return row
 
 
@@ -161,7 +161,7 @@ class Grids:
     def __call__(self, trainer: Trainer) -> None:
         if trainer.step % self.every and trainer.step != trainer.steps:
             return
-        if trainer.shard:
+        if trainer.state.shard:
             raise ValueError(
                 "Grids: with shard=True the averaged weights are whole only at the end; draw from a checkpoint, or train without shard"
             )
@@ -182,7 +182,7 @@ def _write_png(grid: Tensor, path: Path) -> None:
 
 def training_flops(trainer: Trainer) -> float:
     "Operations that a training step takes for one picture: three times those of the forward pass."
-    x0, t, eps, cond = next(trainer.draw(max(trainer.step - 1, 0)))
+    x0, t, eps, cond = next(trainer.batches(max(trainer.step - 1, 0)))
     home = next(trainer.average.parameters()).device
     x0, t, eps, cond = (
         x0[:1].to(home),

@@ -29,9 +29,9 @@ def name_of(f) -> str:
     return f.__qualname__ + (f"({', '.join(inside)})" if inside else "")
 
 
-def data_hash(x0: Tensor, cond: dict[str, Tensor]) -> str:
-    "A hash of the data, or of 4096 rows evenly spread where there are more."
-    digest = hashlib.sha256()
+def data_hash(n: int, x0: Tensor, cond: dict[str, Tensor]) -> str:
+    "A hash of n pictures and their conditions, by all rows that are given, or by 4096 evenly spread where there are more."
+    digest = hashlib.sha256(str(n).encode())
     rows = torch.arange(0, len(x0), max(1, len(x0) // ROWS))
     for name, v in (("x0", x0), *sorted(cond.items())):
         digest.update(f"{name} {v.dtype} {tuple(v.shape)}".encode())

@@ -1,40 +1,30 @@
-"""Weights that are divided among processes, and starting those."""
+"""Work and weights that are divided among processes, and starting those."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusion_nb.denoisers import Denoiser
 
 
-def divided(v: Tensor) -> bool:
-    "Whether each process holds a part of v only."
-    return hasattr(v, "full_tensor")
-
-
 def whole(v: Tensor) -> Tensor:
     "All of v, from all processes that hold a part of it."
-    return v.full_tensor() if divided(v) else v
+    return v.full_tensor() if hasattr(v, "full_tensor") else v
 
 
-def put(v: Tensor, value: Tensor) -> None:
-    "Copy a whole tensor into v, or its part into the part that this process holds."
-    if divided(v):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.to(v.device), v.device_mesh, v.placements)
-    v.copy_(value)
-
-
-def divide(module: nn.Module, least: int = 2**20) -> None:
+def shard_module(module: nn.Module, least: int = 2**20) -> None:
     "Divide the parameters among the processes (FSDP2), in units of `least` numbers or more; the last unit is the rest."
     from torch.distributed.fsdp import fully_shard
 
     for part in reversed(list(module.modules())):  # the inner ones first
-        own = sum(p.numel() for p in part.parameters() if not divided(p))
+        own = sum(p.numel() for p in part.parameters() if not hasattr(p, "full_tensor"))
         if part is module or own >= least and not isinstance(part, nn.ModuleList | nn.ModuleDict):
             fully_shard(part)
 
@@ -48,6 +38,22 @@ class Objective(nn.Module):
 
     def forward(self, x0, t, eps, **cond):
         return self.loss(self.denoiser, x0, t, eps, **cond)
+
+
+def share_work(model: nn.Module, shard: bool) -> tuple[nn.Module, Callable[[bool], None]]:
+    "The model as one of all processes, and what says whether they exchange gradients in the next backward pass."
+    if shard:
+        if not dist.is_initialized():
+            raise ValueError(
+                "shard: the weights are divided among processes; start them with torchrun or accelerate launch"
+            )
+        shard_module(model)
+        return model, model.set_requires_gradient_sync
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return model, lambda last: None
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PyTorch 2.14 renames the option
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+    return model, partial(setattr, model, "require_backward_grad_sync")
 
 
 class Team(NamedTuple):
