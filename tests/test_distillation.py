@@ -12,7 +12,7 @@ from diffusion_nb.data import Pictures
 from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Pred, predict_v
 from diffusion_nb.forward import q_sample
 from diffusion_nb.guidance import CFG
-from diffusion_nb.losses.distillation import any_weight, ddim_step, distill_target, distillation_loss, guided_loss
+from diffusion_nb.losses.distillation import any_weight, distill_target, distillation_loss, guided_loss
 from diffusion_nb.losses.simple import ones, truncated_snr
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
 from diffusion_nb.nets.conditioning import Told
@@ -20,7 +20,7 @@ from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes import distillation as recipes
 from diffusion_nb.recipes.distillation import distill_recipe
-from diffusion_nb.samplers.linear import ddim
+from diffusion_nb.samplers.linear import ddim, ddim_step
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
 from diffusion_nb.time_samplers import chain_times
 from diffusion_nb.training.distill import distill, halvings

@@ -80,7 +80,7 @@ def inverse_gap(sigma_t: Tensor, sigma_s: Tensor) -> Tensor:
 def neighbours(f: nn.Module, lower: Callable, x_t: Tensor, t: Tensor, s: Tensor, distance: Callable, target: nn.Module | None,
                weight: Callable, cond: dict) -> Float[Tensor, " b"]:  # fmt: skip
     "weight · distance(f(x_t, t), target(x_s, s)), the target f itself if not given; nothing is differentiated but f(x_t, t)."
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng([x_t.device] if x_t.is_cuda else []):  # one dropout mask for both
         want = (target or f)(lower(x_t), s, **cond)
     return weight(f.schedule(t)[1], f.schedule(s)[1]).to(x_t.dtype) * distance(f(x_t, t, **cond), want)
 

@@ -1,5 +1,6 @@
 """Checkpoint files, their checksums and their fallbacks."""
 
+import json
 import os
 import re
 import shutil
@@ -21,14 +22,21 @@ class Checkpoints:
     def __init__(self, path: Path | str, keep: int = 2):
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 checkpoint to keep, got {keep}")
-        self.path, self.damaged = Path(path), []
+        self.path, self.damaged, self.saved = Path(path), [], None  # saved: the step of the newest
         self.files = [self.path.with_name(self.path.name + (f".{i}" if i else "")) for i in range(keep)]
 
     def exist(self) -> bool:
         return any(p.exists() for p in self.files)
 
-    def save(self, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-        "Raises OSError where it cannot be written; those before are as they were."
+    def save(self, tensors: dict[str, Tensor], about: dict) -> None:
+        "Write a checkpoint, whole or not at all. Raises OSError where it cannot be written; those before are as they were."
+        try:
+            self.write(tensors, {k: json.dumps(v) for k, v in about.items()})
+        except OSError as e:
+            before = "There is none yet." if self.saved is None else f"That of step {self.saved} is whole."
+            raise OSError(f"the checkpoint of step {about['step']} could not be written: {e}. {before}") from e
+
+    def write(self, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
         draft = self.path.with_name(self.path.name + ".new")
         for rest in self.path.parent.glob(f"{draft.name}.*.tmp"):  # of a process that was killed as it wrote
             if re.fullmatch(re.escape(draft.name) + r"\.\d+\.tmp", rest.name):
@@ -42,19 +50,21 @@ class Checkpoints:
         os.replace(draft, self.path)
         self.damaged = []
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def load(self) -> tuple[dict[str, Tensor], dict]:
         "The newest that is whole; a warning names the damaged ones. Raises ValueError where none is whole."
         problems = []
         for path in (p for p in self.files if p.exists()):
             try:
-                found = load_tensors(path)
+                tensors, about = load_tensors(path)
             except ValueError as e:
                 problems.append(str(e))
                 self.damaged.append(path)
                 continue
             if problems:
                 warnings.warn(f"{'; '.join(problems)}; going on from {path.name}", stacklevel=4)
-            return found
+            about = {k: json.loads(v) for k, v in about.items()}
+            self.saved = about["step"]
+            return tensors, about
         raise ValueError(f"{'; '.join(problems)}; delete it to start again")
 
     def check_room(self, size: int) -> None:

@@ -56,6 +56,14 @@ def share_work(model: nn.Module, shard: bool) -> tuple[nn.Module, Callable[[bool
     return model, partial(setattr, model, "require_backward_grad_sync")
 
 
+def check_same_step(step: int, world: int, checkpoint) -> None:
+    "Raise ValueError unless all processes go on from the same step."
+    if world > 1:
+        dist.all_gather_object(found := [0] * world, step)
+        if len(set(found)) > 1:
+            raise ValueError(f"the processes found checkpoints of different steps, {found}: put {checkpoint} where all of them see it")  # fmt: skip
+
+
 class Team(NamedTuple):
     "One process among `world`: its device, and its rank from 0."
 

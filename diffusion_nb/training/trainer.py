@@ -1,6 +1,5 @@
 """The trainer: Algorithm 1 with an average of the weights, checkpoints, and any number of processes."""
 
-import json
 import math
 import time
 import warnings
@@ -20,9 +19,24 @@ from diffusion_nb.training.batches import Batches
 from diffusion_nb.training.checkpoints import Checkpoints, check_run
 from diffusion_nb.training.identity import name_of, network_hash
 from diffusion_nb.training.memory import what_fits, with_memory
+from diffusion_nb.training.sharding import check_same_step
 from diffusion_nb.training.state import State
 from diffusion_nb.util.checks import check_numbers, default_device
 from diffusion_nb.util.interrupts import deferred_interrupt
+
+
+def reseed(device: torch.device, seed: int) -> None:
+    "Seed this device's generator. (torch.manual_seed also queues calls for a GPU that is not used.)"
+    (torch.default_generator if device.type == "cpu" else torch.get_device_module(device)).manual_seed(seed)
+
+
+def mean_loss(recent: list[Tensor], enough: bool, world: int, skip: bool) -> tuple[float, bool]:
+    "The mean of the losses of all processes, and whether any of them has had enough. skip: leave out losses that are not finite."
+    values = torch.stack([*recent, torch.full_like(recent[0], float(enough))])
+    if world > 1:
+        dist.all_reduce(values)
+    losses = values[:-1] / world
+    return (losses[losses.isfinite()] if skip else losses).mean().item(), bool(values[-1])
 
 
 class Trainer:
@@ -36,13 +50,10 @@ class Trainer:
     cond: what belongs to each picture, e.g. {"y": labels}. null: what stands for "any" in place of y, or {name: that} for several conditions; each
     picture's are replaced by it with probability `cond_dropout`, all at once, or each by itself with `apart`.
     time_sampler: (u, step) ↦ t (`continuous_times`, `chain_times(T)`); if a module, its buffers are kept in the checkpoint, and its `update()`, if it has one, is called after each step.
-    loss: as `denoising_loss`, one number a sample.
-    augment: (pictures, uniform numbers (b,)) ↦ pictures, such as `flip_half`; conditions that are pictures are changed alike.
-    ema: the decay of the averaged weights. clip: the largest gradient norm. betas: of AdamW. seed: of everything.
-    device: the GPU if there is one. bf16: autocast. compile: torch.compile the network.
+    loss: as `denoising_loss`, one number a sample. augment: (pictures, uniform numbers (b,)) ↦ pictures, such as `flip_half`; conditions that are pictures are changed alike.
+    ema: the decay of the averaged weights. clip: the largest gradient norm. betas: of AdamW. seed: of everything. device: the GPU if there is one. bf16: autocast. compile: torch.compile the network.
     checkpoint: a file, written every `save_every` steps and at the end, the `keep_checkpoints` last ones beside it as FILE.1, …; training goes on from the newest that is whole.
-    accumulate: a step's pictures are done in so many parts, one after the other. log_every: how many steps between looks at the loss.
-    skip: leave out, and count, the steps whose gradient is not finite. hooks: called with the trainer after each step; the buffers of one that is a module are kept in the checkpoint.
+    accumulate: a step's pictures are done in so many parts, one after the other. log_every: how many steps between looks at the loss. skip: leave out, and count, the steps whose gradient is not finite. hooks: called with the trainer after each step; the buffers of one that is a module are kept in the checkpoint.
     shard: divide the weights among the processes, too (FSDP2). Where torch.distributed has been set up, its processes share each batch (DDP); the averaged copy is then
     the same on all of them, with `shard` on the CPU. Randomness belongs to a picture's place in the batch, dropout aside: neither parts nor processes change what is learned.
     Raises ValueError for data with NaN, a wrong number of conditions, a batch that cannot be shared out, and checkpoints that are damaged or of another run; OSError where they
@@ -67,23 +78,20 @@ class Trainer:
         null = null if isinstance(null, dict) else {} if null is None else {"y": null}
         self.batches = Batches(x0, denoiser, batch=batch, cond=cond or {}, null=null, cond_dropout=cond_dropout, apart=apart, time_sampler=time_sampler,
                                augment=augment, seed=seed, device=self.device, rank=self.rank, world=self.world, accumulate=accumulate, workers=workers)  # fmt: skip
-        self.network, self.step, self.losses, self.saved = network_hash(denoiser), 0, [], None
+        self.network, self.step, self.losses = network_hash(denoiser), 0, []
         self.state = State(denoiser, lambda *a, **kw: self.loss(*a, **kw), lr=lr(0), betas=betas, memory=with_memory(time_sampler, hooks),
                            device=self.device, compile=compile, shard=shard, skip=skip)  # fmt: skip
         self.denoiser, self.average = self.state.denoiser, self.state.average
         self.checkpoints = checkpoint and Checkpoints(checkpoint, keep_checkpoints)
         if self.checkpoints and self.checkpoints.exist():
             self.restore()
-        if self.world > 1:
-            dist.all_gather_object(found := [0] * self.world, self.step)
-            if len(set(found)) > 1:
-                raise ValueError(f"the processes found checkpoints of different steps, {found}: put {checkpoint} where all of them see it")  # fmt: skip
+        check_same_step(self.step, self.world, checkpoint)
 
     def train_step(self) -> Tensor:
         "One step; returns the loss of this process's pictures without waiting for it."
         total, places = 0.0, self.batches.places
         for i, (x0, t, eps, cond) in zip(places, self.batches(self.step), strict=True):
-            self.reseed(self.step + 2**32 * i)  # for dropout
+            reseed(self.device, self.step + 2**32 * i)  # for dropout
             self.state.sync(i == places[-1])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 loss = self.state.model(x0, t, eps, **cond).mean() / self.accumulate
@@ -96,10 +104,6 @@ class Trainer:
         self.step += 1
         return total
 
-    def reseed(self, seed: int) -> None:
-        on_cpu = self.device.type == "cpu"  # torch.manual_seed also queues calls for a GPU that is not used
-        (torch.default_generator if on_cpu else torch.get_device_module(self.device)).manual_seed(seed)
-
     def fit(self, minutes: float | None = None) -> Denoiser:
         "Train to the last step, or for so many minutes, with a progress bar; returns the denoiser with averaged weights."
         if minutes is not None and not minutes > 0:
@@ -108,8 +112,11 @@ class Trainer:
         if self.checkpoints and self.rank == 0:
             self.checkpoints.check_room(self.state.nbytes())
         bar = tqdm(total=self.steps, initial=self.step, desc="training", disable=self.rank > 0)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), deferred_interrupt() as stop, bar:
+        with (
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+            deferred_interrupt() as stop,
+            bar,
+        ):
             try:
                 self._loop(bar, lambda: stop.is_set() or time.monotonic() >= end)
             except torch.OutOfMemoryError:
@@ -117,15 +124,15 @@ class Trainer:
             except RuntimeError as e:
                 if self.world == 1:
                     raise
-                raise RuntimeError(f"process {self.rank} of {self.world} stops after step {self.step}: {e}\nIf another process died, the same command "
-                                   f"goes on from the last checkpoint{f', step {self.saved}' if self.saved else ''}") from e  # fmt: skip
+                raise RuntimeError(f"process {self.rank} of {self.world} stops after step {self.step}: {e}\n"
+                                   f"If another process died, the same command goes on{self._saved(' from the last checkpoint, step {1}')}") from e  # fmt: skip
         if not fits:
             raise MemoryError(what_fits(self))
-        if self.checkpoints and self.saved != self.step:
+        if self.checkpoints and self.checkpoints.saved != self.step:
             self.save()
         if stop.is_set():
-            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.steps}; "
-                                    + (f"run again to go on from {self.checkpoints.path}" if self.checkpoints else "nothing was saved"))  # fmt: skip
+            how = f"run again to go on from {self.checkpoints.path}" if self.checkpoints else "nothing was saved"
+            raise KeyboardInterrupt(f"stopped after step {self.step} of {self.steps}; {how}")
         return self.state.averaged()
 
     def _loop(self, bar, enough: Callable[[], bool]) -> None:
@@ -140,25 +147,27 @@ class Trainer:
             for hook in self.hooks:
                 hook(self)
             if saves:
-                self._save_or_warn()
+                try:
+                    self.save()
+                except OSError as e:
+                    warnings.warn(f"{e} Training goes on, and tries again after {self.save_every} steps", stacklevel=3)  # fmt: skip
 
     def _read(self, recent: list[Tensor], bar, enough: bool) -> bool:
         "Note the mean loss since the last look, and return whether any process has had enough: the only place that waits for the GPU."
-        values = torch.stack([*recent, torch.full_like(recent[0], float(enough))])
-        if self.world > 1:
-            dist.all_reduce(values)
-        losses, enough = values[:-1] / self.world, bool(values[-1])
-        value = (losses[losses.isfinite()] if self.state.skip else losses).mean().item()
+        value, enough = mean_loss(recent, enough, self.world, self.state.skip)
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} between steps {self.step - len(recent)} and {self.step}: lower the learning rate, or look at the data"
-                                     + ("" if self.state.skip else "; skip=True leaves such steps out")
-                                     + (f". {self.checkpoints.path} holds step {self.saved}" if self.saved else ""))  # fmt: skip
+                                     + ("" if self.state.skip else "; skip=True leaves such steps out") + self._saved(". {} holds step {}"))  # fmt: skip
         now, (then, step) = time.perf_counter(), self.since
         self.speed, self.since = self.batch * (self.step - step) / (now - then), (now, self.step)
         recent.clear()
         self.losses.append((self.step, value))
         bar.set_postfix_str(f"loss {value:.4f}, {self.speed:.0f} pictures/s")
         return enough
+
+    def _saved(self, text: str) -> str:
+        "The text with file and step of the last checkpoint; nothing where there is none."
+        return text.format(self.checkpoints.path, s) if self.checkpoints and (s := self.checkpoints.saved) else ""
 
     def identity(self) -> dict:
         "What makes this run another than others. More steps are the same run, gone on with."
@@ -169,26 +178,13 @@ class Trainer:
         "Write the checkpoint, whole or not at all. Raises OSError where it cannot be written: those before are as they were."
         tensors = self.state.tensors()  # from all processes
         if self.rank == 0:
-            about = dict(step=self.step, run=self.identity(), losses=self.losses)
-            try:
-                self.checkpoints.save(tensors, {k: json.dumps(v) for k, v in about.items()})
-            except OSError as e:
-                before = "There is none yet." if self.saved is None else f"That of step {self.saved} is whole."
-                raise OSError(f"the checkpoint of step {self.step} could not be written: {e}. {before}") from e
-        self.saved = self.step
-
-    def _save_or_warn(self) -> None:
-        try:
-            self.save()
-        except OSError as e:
-            warnings.warn(f"{e} Training goes on, and tries again after {self.save_every} steps", stacklevel=2)
+            self.checkpoints.save(tensors, dict(step=self.step, run=self.identity(), losses=self.losses))
+        self.checkpoints.saved = self.step
 
     def restore(self) -> None:
         "Go on from the newest checkpoint that is whole. Raises ValueError where none is, and where it is of another run."
-        tensors, about = self.checkpoints.load()
-        about, file = {k: json.loads(v) for k, v in about.items()}, self.checkpoints.path
+        (tensors, about), file = self.checkpoints.load(), self.checkpoints.path
         self.state.check_fits(tensors, str(file))
         check_run(about, self.identity(), self.steps, file)
         self.state.load(tensors)
-        self.step = self.saved = about["step"]
-        self.losses = [tuple(row) for row in about["losses"]]
+        self.step, self.losses = about["step"], [tuple(row) for row in about["losses"]]
