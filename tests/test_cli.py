@@ -15,20 +15,24 @@ import nbformat
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_nb.book.run import how_many, in_order
-from diffusion_nb.cli import models
 from diffusion_nb.cli import sample as cli_sample
 from diffusion_nb.cli.main import main
+from diffusion_nb.cli.samplers import SAMPLERS
 from diffusion_nb.data import digits
 from diffusion_nb.denoisers import Clip
 from diffusion_nb.grids import stop_early
 from diffusion_nb.likelihood.bits import bits_per_dim
 from diffusion_nb.likelihood.continuous import vdm_bits
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser
+from diffusion_nb.models.model import About, Model
+from diffusion_nb.recipes.diffusion import recipe
 from diffusion_nb.recipes.vdm import vdm_denoiser
 from diffusion_nb.schedules import CosineSchedule
+from diffusion_nb.training.folder import PictureFolder
 from diffusion_nb.variances import large
 
 
@@ -146,14 +150,14 @@ def test_run_some(book, capsys):
 
 @pytest.mark.parametrize("words, said", [
     (["train", "--data", "letters"], "no data set 'letters'; there are digits, mnist, fashion-mnist, cifar10"),
-    (["sample", "--model", "nowhere"], "nowhere holds no run.json"),
+    (["sample", "--model", "nowhere"], "nowhere holds no model.json"),
     (["sample", "--label", "10"], "this model knows the labels 0 to 9"),
     (["sample", "--n", "0"], "expected numbers of at least 1"),
-    (["train", "--every", "0"], "expected numbers of at least 1"),
+    (["train", "--every", "0"], "every: expected a whole number of at least 1, got 0"),
     (["bits", "--n", "1"], "expected --n and --steps of at least 2"),
     (["bits", "--steps", "1"], "expected --n and --steps of at least 2"),
     (["bits", "--end", "1.5"], "--end from 0 to below 1"),
-    (["bits", "--model", "nowhere"], "nowhere holds no run.json"),
+    (["bits", "--model", "nowhere"], "nowhere holds no model.json"),
 ])  # fmt: skip
 def test_mistakes_are_named(words, said, capsys, tmp_path):
     assert main(words if words[0] == "train" else [*words, "--out", str(tmp_path)]) == 1
@@ -186,7 +190,9 @@ def test_what_was_run_is_written_down(tmp_path):
 
 def test_pictures_do_not_depend_on_the_batch(tmp_path, monkeypatch):
     exact = GMMDenoiser(GaussianMixture([1.0], torch.zeros(1, 64), torch.eye(64)[None]), CosineSchedule())
-    monkeypatch.setattr(cli_sample, "load_model", lambda folder: (exact, {"classes": 0}, (1, 8, 8)))
+    monkeypatch.setattr(
+        cli_sample, "load_model", lambda folder: Model(exact, About("diffusion", {"classes": 0}, (1, 8, 8)))
+    )
     for batch in ("2", "4"):
         words = ["--n", "4", "--steps", "2", "--batch", batch, "--device", "cpu", "--out", str(tmp_path / batch)]
         assert main(["sample", *words]) == 0
@@ -198,7 +204,9 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path, monkeypatch):
 def test_samplers_without_fresh_noise_keep_the_data(sampler, tmp_path, monkeypatch):
     "Narrow data come out narrow. (2M's grid ends at log SNR 2 with the guess, which is narrower still.)"
     exact = GMMDenoiser(GaussianMixture([1.0], torch.zeros(1, 64), 0.01 * torch.eye(64)[None]), CosineSchedule())
-    monkeypatch.setattr(cli_sample, "load_model", lambda folder: (exact, {"classes": 0}, (1, 8, 8)))
+    monkeypatch.setattr(
+        cli_sample, "load_model", lambda folder: Model(exact, About("diffusion", {"classes": 0}, (1, 8, 8)))
+    )
     words = ["--n", "64", "--steps", "100", "--sampler", sampler, "--device", "cpu", "--out", str(tmp_path)]
     assert main(["sample", *words]) == 0
     x = load_file(tmp_path / "samples.safetensors")["pictures"]
@@ -209,7 +217,9 @@ def test_samplers_without_fresh_noise_keep_the_data(sampler, tmp_path, monkeypat
 def test_bits_are_those_of_the_library(tmp_path, monkeypatch):
     exact = GMMDenoiser(GaussianMixture([1.0], torch.zeros(1, 64), torch.eye(64)[None]), CosineSchedule())
     monkeypatch.setattr(
-        cli_sample, "load_model", lambda folder: (exact, {"classes": 0, "data": "digits"}, (1, 8, 8))
+        cli_sample,
+        "load_model",
+        lambda folder: Model(exact, About("diffusion", {"classes": 0, "data": "digits"}, (1, 8, 8))),
     )
     out = tmp_path / "bits.json"
     assert main(["bits", "--n", "3", "--steps", "4", "--end", "0.1", "--device", "cpu", "--out", str(out)]) == 0
@@ -225,8 +235,9 @@ def test_bits_are_those_of_the_library(tmp_path, monkeypatch):
 def test_a_learned_schedule_is_trained_kept_measured_and_drawn_with(tmp_path, capsys):
     words = ["--device", "cpu", "--out", str(tmp_path)]
     assert main(["train", "--vdm", "--steps", "2", "--batch", "4", "--width", "8", *words]) == 0
-    model, r, shape = models.load_model(str(tmp_path))
-    fresh = dict(vdm_denoiser(r, shape).named_parameters())
+    loaded = Model.load(tmp_path)
+    model, shape = loaded.denoiser, loaded.about.shape
+    fresh = dict(vdm_denoiser(loaded.about.recipe, shape).named_parameters())
     assert shape == (1, 8, 8) and not any(
         torch.equal(p, fresh[n]) for n, p in model.named_parameters() if "ends" in n
     )
@@ -275,12 +286,29 @@ def test_weights_of_another_network_are_refused(tmp_path, capsys):
     assert "does not fit the network" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("record", ["{}", "[]", "not json"])
-def test_a_damaged_record_is_named(record, tmp_path, capsys):
-    (tmp_path / "run.json").write_text(record)
+GOOD = dict(family="diffusion", recipe={}, shape=[1, 8, 8], levels=17, steps=0)
+
+
+@pytest.mark.parametrize("record", [
+    "{}", "[]", "not json", "\xff", json.dumps(GOOD), json.dumps(GOOD | {"family": "magic"}), json.dumps(GOOD | {"recipe": {"width": 0}, "shape": []}),
+])  # fmt: skip
+def test_a_damaged_description_is_named(record, tmp_path, capsys):
+    (tmp_path / "model.json").write_text(record, encoding="latin-1")
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert main(["bits", "--model", str(tmp_path)]) == 1
-    assert "run.json is damaged" in capsys.readouterr().err
+    assert "model.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"shape": [1, 8, 0]}, "width: expected a whole number of at least 1"), ({"shape": [2**40, 8, 8]}, "cannot be meant"),
+    ({"recipe": recipe("digits") | {"width": 0}}, "width: expected a whole number of at least 1"),
+    ({"recipe": recipe("digits") | {"target": "magic"}}, "magic"), ({"shape": [1, 8, "x"]}, "expected a whole number"),
+])  # fmt: skip
+def test_a_description_of_what_cannot_be_meant(change, said, tmp_path, capsys):
+    (tmp_path / "model.json").write_text(json.dumps(GOOD | {"recipe": recipe("digits")} | change))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert main(["sample", "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_a_training_stopped_by_the_clock_goes_on(tmp_path, capsys):
@@ -328,3 +356,129 @@ def test_a_folder_named_like_the_model_of_the_book(tmp_path, capsys, monkeypatch
     assert main(["sample", "--model", "digits", "--n", "1", "--steps", "2"]) == 1
     assert "say ./digits for the folder" in capsys.readouterr().err
     assert main(["sample", "--model", "./digits", "--n", "1", "--steps", "2", "--out", "s"]) == 0
+
+
+# pictures of one's own, and models of every family
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Two classes of three coloured pictures, not square: reds, then greens."
+    for name, colour in (("a red", (200, 10, 10)), ("green", (10, 200, 10))):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (20 + i, 16), colour).save(tmp_path / "own" / name / f"{i}.png")
+    return tmp_path / "own"
+
+
+def test_a_folder_of_pictures_is_read_by_class(folder):
+    found = PictureFolder(folder, 8)
+    assert len(found) == 6 and found.classes == ["a red", "green"] and found.labels == [0, 0, 0, 1, 1, 1]
+    for i in (0, 5):
+        x, y = found[i]
+        assert (
+            x.shape == (3, 8, 8)
+            and x.dtype == torch.uint8
+            and x[:, 4, 4].tolist() == [[200, 10, 10], [10, 200, 10]][y]
+        )
+    (folder / "lost.png").write_bytes((folder / "green/0.png").read_bytes())
+    with pytest.raises(ValueError, match="one or the other, a subfolder for each class"):
+        PictureFolder(folder, 8)
+
+
+TOY = ["--batch", "4", "--width", "8", "--device", "cpu"]
+
+
+def test_a_model_of_ones_own_pictures(folder, tmp_path, capsys, monkeypatch):
+    "From a folder, from its checkpoint, from other weights, with two readers or none: the same."
+    monkeypatch.setenv(
+        "DIFFUSION_NB_SET", "recipe.pictures.mults=1,2;recipe.pictures.attention=1;recipe.pictures.blocks=1"
+    )
+    words = ["train", "--data", str(folder), *TOY, "--size", "8"]
+    for out, more in (("one", ["--workers", "2"]), ("two", ["--workers", "0"])):
+        assert main([*words, "--steps", "3", *more, "--out", str(tmp_path / out)]) == 0, capsys.readouterr().err
+    one, two = (Model.load(tmp_path / out) for out in ("one", "two"))
+    assert one.about.shape == (3, 8, 8) and one.about.recipe["classes"] == 2
+    assert all(v.equal(two.denoiser.state_dict()[k]) for k, v in one.denoiser.state_dict().items())
+    checkpoint = Model.load(tmp_path / "one/checkpoint.safetensors").denoiser.state_dict()
+    assert all(v.equal(checkpoint[k]) for k, v in one.denoiser.state_dict().items())
+    tuned = ["--steps", "1", "--lr", "1e-12", "--from", str(tmp_path / "one"), "--out", str(tmp_path / "tuned")]
+    assert main([*words, *tuned]) == 0
+    for k, v in Model.load(tmp_path / "tuned").denoiser.state_dict().items():
+        torch.testing.assert_close(v, one.denoiser.state_dict()[k], rtol=0, atol=1e-6)
+    drawn = ["--n", "4", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "drawn")]
+    assert main(["sample", "--model", str(tmp_path / "one"), *drawn, "--format", "npz"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                str(tmp_path / "drawn/samples.npz"),
+                *TOY,
+                "--steps",
+                "1",
+                "--out",
+                str(tmp_path / "npz"),
+            ]
+        )
+        == 0
+    )
+    assert Model.load(tmp_path / "npz").about.recipe["classes"] == 2  # the labels came along
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--data", "{own}"], "--size: say to how many pixels"), (["--data", "{own}/green/0.png"], "expected an .npz file"),
+    (["--data", "{own}/..", "--size", "8", "--vdm"], "expected the pictures as a tensor|no section"), (["--from", "nowhere"], "nowhere holds no model.json"),
+    (["--recipe", "magic"], "no section"),
+])  # fmt: skip
+def test_mistakes_about_ones_own_pictures(words, said, folder, tmp_path, capsys):
+    assert main(["train", *(w.format(own=folder) for w in words), *TOY, "--out", str(tmp_path / "out")]) == 1
+    assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "consistency"])
+def test_every_sampler_draws_the_data(sampler, tmp_path, monkeypatch):
+    "Data N(0.3, 0.1²), exactly denoised: mean and spread, to what 100 steps and the last guess leave."
+    exact = GMMDenoiser(
+        GaussianMixture([1.0], torch.full((1, 64), 0.3), 0.01 * torch.eye(64)[None]), CosineSchedule()
+    )
+    monkeypatch.setattr(
+        cli_sample, "load_model", lambda folder: Model(exact, About("diffusion", {"classes": 0}, (1, 8, 8)))
+    )
+    words = ["--n", "32", "--steps", "100", "--sampler", sampler, "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["sample", *words]) == 0
+    x = load_file(tmp_path / "samples.safetensors")["pictures"]
+    assert abs(x.mean() - 0.3) < 0.02 and 0.01 < x.std() < 0.13, (x.mean(), x.std())
+
+
+def test_students_and_consistency_models_draw_in_their_own_way(tmp_path, capsys):
+    r = recipe("digits") | {"width": 8}
+    for family, steps in (("student", 2), ("consistency", 0)):
+        about = About(family, r, (1, 8, 8), 17, steps)
+        Model(about.fresh(), about).save(tmp_path / family)
+        out = tmp_path / f"{family} drawn"
+        assert (
+            main(["sample", "--model", str(tmp_path / family), "--n", "3", "--device", "cpu", "--out", str(out)])
+            == 0
+        )
+        assert load_file(out / "samples.safetensors")["pictures"].isfinite().all()
+        record = json.loads((out / "run.json").read_text())
+        assert (record["sampler"], record["steps"]) == {"student": ("ddim", 2), "consistency": ("consistency", 1)}[
+            family
+        ]
+    assert main(["bits", "--model", str(tmp_path / "consistency")]) == 1
+    assert (
+        main(
+            [
+                "sample",
+                "--model",
+                str(tmp_path / "student"),
+                "--sampler",
+                "consistency",
+                "--out",
+                str(tmp_path / "x"),
+            ]
+        )
+        == 1
+    )
+    assert "no other model does" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Consistency models: diffusers' scheduler step by step; the boundary; the losses on the exact teacher; levels; sampling; bad input."""
 
-import json
 import math
 from functools import partial
 
@@ -11,7 +10,6 @@ from diffusers import CMStochasticIterativeScheduler
 from diffusers.schedulers import scheduling_consistency_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 
 from diffusion_nb.data import digits
@@ -40,10 +38,11 @@ from diffusion_nb.losses.consistency import (
     pseudo_huber,
 )
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
+from diffusion_nb.models.model import About, Model
 from diffusion_nb.nets.classifier import Judge
 from diffusion_nb.nets.mlp import ScoreMLP
 from diffusion_nb.noise import Noise
-from diffusion_nb.recipes.consistency import consistency_trainer, train_consistency
+from diffusion_nb.recipes.consistency import train_consistency
 from diffusion_nb.recipes.diffusion import recipe, recipe_denoiser
 from diffusion_nb.samplers.consistency import consistency_sample, keep, keep_means
 from diffusion_nb.samplers.heun import heun
@@ -427,14 +426,18 @@ def test_a_model_from_the_folder_of_a_teacher(tmp_path, monkeypatch, distil, cla
     "At toy size: the command for the larger sets."
     r = recipe("digits") | dict(width=4, classes=classes)
     teacher = recipe_denoiser(r, (1, 8, 8))
-    (tmp_path / "run.json").write_text(json.dumps(dict(recipe=r, shape=[1, 8, 8])))
-    save_file(teacher.net.state_dict(), tmp_path / "model.safetensors")
+    Model(teacher, About("diffusion", r, (1, 8, 8), 17)).save(tmp_path)
     short = ";".join(f"consistency.mnist.{item}" for item in ("data=digits", "steps=3", "batch=4"))
     monkeypatch.setenv("DIFFUSION_NB_SET", short)
-    f = train_consistency("mnist", tmp_path, distil, device="cpu")
+    f = train_consistency("mnist", Model.load(tmp_path).denoiser, classes, distil, device="cpu")
+    Model(f, About("consistency", r, (1, 8, 8), 17)).save(tmp_path / "consistency")
+    again = Model.load(tmp_path / "consistency").denoiser
     y = dict(y=torch.arange(3)) if classes else {}
-    x = consistency_sample(f, 40 * Noise(range(3), (1, 8, 8))(0), noise_times(f.schedule, 40.0), **y)
-    assert torch.isfinite(x).all() and (tmp_path / "consistency.safetensors").exists()
+    x, z = (
+        consistency_sample(g.eval(), 40 * Noise(range(3), (1, 8, 8))(0), noise_times(g.schedule, 40.0), **y)
+        for g in (f, again)
+    )
+    assert torch.isfinite(x).all() and x.equal(z)
 
 
 # bad input
@@ -468,9 +471,3 @@ def test_bad_sampling():
     with pytest.raises(ValueError, match="shaped like x"):
         consistency_sample(f, NOISE(0)[:3], ts, noise=NOISE)
     consistency_sample(f, NOISE(0), noise_times(SCHEDULE, 80.0))  # one step needs none
-
-
-def test_no_teacher_in_the_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="run.json"):
-        train_consistency("mnist", tmp_path)
-    assert consistency_trainer.__doc__

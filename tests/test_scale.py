@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion_nb.data import Pictures
 from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Pred, predict_v
 from diffusion_nb.generation import generate as generating
 from diffusion_nb.generation import record as records
@@ -198,7 +197,7 @@ def test_no_sampler_looks_in_its_loop(sampler, wrap):
 def trained_on_noise(**options):
     "The trainer of CIFAR-10's recipe, small, its first step done."
     x, y = Noise(range(40), (3, 32, 32))(0).clamp(-1, 1), torch.zeros(40, dtype=torch.long)
-    trainer = recipe_trainer(recipe("cifar10") | dict(width=16, batch=16), Pictures(x, y, x, y), device="cpu", skip=True, accumulate=2, **options)  # fmt: skip
+    trainer = recipe_trainer(recipe("cifar10") | dict(width=16, batch=16), x, y, device="cpu", skip=True, accumulate=2, **options)  # fmt: skip
     trainer.train_step()
     return trainer
 

@@ -278,7 +278,9 @@ def test_training_resumes_with_its_memory_bit_for_bit(tmp_path):
     )  # importance was at work
     again.fit()
     assert all(a.equal(b) for a, b in zip(again.state.averages, whole.state.averages, strict=True))
-    assert again.time_sampler.square.equal(whole.times.square) and again.times.count.equal(whole.times.count)
+    assert again.time_sampler.square.equal(whole.time_sampler.square) and again.time_sampler.count.equal(
+        whole.time_sampler.count
+    )
 
 
 def test_networks_of_the_table_differ_in_the_outputs_alone():

@@ -21,11 +21,11 @@ def parser() -> argparse.ArgumentParser:
         c = commands.add_parser(function.__name__, help=help, description=help)
         c.set_defaults(command=function)
         for name, (text, default) in options.items():
-            flag = ["--" + word.replace("_", "-") for word in name.split("__")]
+            flag = ["--" + word.strip("_").replace("_", "-") for word in name.split("__")]
             if default is bool:
                 c.add_argument(*flag, action="store_true", help=text)
             elif isinstance(default, type):
-                c.add_argument(*flag, type=default, help=text)
+                c.add_argument(*flag, type=default, help=text, dest="from_" if name == "from_" else None)
             else:
                 c.add_argument(*flag, type=type(default), default=default, help=f"{text} (default: %(default)s)")
         return c
@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--profile", choices=["cpu", "gpu"], help="the size of the experiments, see settings.ini")
     command(train, "train a model of a data set; goes on where an earlier run of the same command stopped",
-            data=("data set, see `diffusion-nb data`", "digits"), out=("folder to write (default: runs/DATA)", str),
+            data=("data set, see `diffusion-nb data`; or a folder of pictures, its subfolders being the classes; or an .npz file (arr_0, labels)", "digits"), out=("folder to write (default: runs/DATA)", str),
+            recipe=("section [recipe.NAME] of settings.ini (default: that of the data set; pictures for one's own)", str), size=("pixels to which the pictures of a folder are cropped and resized", int),
+            workers=("processes that read the pictures of a folder", 2), from_=("a model to start from: a folder or a file of weights", str),
             steps=("training steps (default: the recipe's)", int), batch=("pictures a step (default: the recipe's)", int),
             lr=("peak learning rate (default: the recipe's)", float), width=("channels of the U-Net (default: the recipe's)", int),
             seed=("of everything (default: the recipe's)", int), every=("steps between checkpoints", 1000),
@@ -60,17 +62,13 @@ def parser() -> argparse.ArgumentParser:
             bf16=("bfloat16 autocast, for GPUs", bool), compile=("torch.compile the networks, for GPUs", bool),
             device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
     c = command(sample, "draw pictures with a trained model, a grid of them, and a record of how; goes on where an earlier run of the same command stopped",
-                model=("a folder written by train, or digits: the model that comes with the book", "digits"), n__pictures=("how many (torchrun takes --n for its own: say --pictures)", 64),
-                steps=("network calls a picture", 100), seed=("picture i has seed SEED + i", 0),
+                model=("a folder or checkpoint written by train or distill, or digits: the model that comes with the book", "digits"), n__pictures=("how many (torchrun takes --n for its own: say --pictures)", 64),
+                steps=("steps of the sampler (default: 100; those of a student; 1 for a consistency model)", int), seed=("picture i has seed SEED + i", 0),
                 label=("draw this class only (default: all in turn)", int), guidance=("classifier-free guidance, the weight w in (w+1) with - w without label", 0.0),
                 batch=("pictures at a time, which does not change them; 0: as many as fit", 0), bf16=("the network in bfloat16, for GPUs", bool),
                 out=("folder to write (default: runs/samples, where another run's pictures are replaced)", str), replace=("delete what is in --out of another run", bool), device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
-    c.add_argument(
-        "--sampler",
-        choices=["ddpm", "ddim", "dpmpp_2m"],
-        default="ddpm",
-        help="how to walk from noise to pictures: ddpm, or with few steps, such as --steps 20, ddim or dpmpp_2m (default: ddpm)",
-    )
+    c.add_argument("--sampler", choices=["ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde", "reverse_sde", "predictor_corrector", "consistency"],
+                   help="how to walk from noise to pictures: ddpm, or with few steps, such as --steps 20, ddim, heun or dpmpp_2m (default: ddpm; ddim for a student)")  # fmt: skip
     c.add_argument(
         "--format",
         choices=["safetensors", "npz", "png"],
@@ -80,8 +78,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--variance",
         choices=["small", "large"],
-        default="small",
-        help="of an ancestral step: DDPM's β̃ or β (default: small)",
+        help="of a step of ddpm: β̃ or β (default: small)",
     )
     c = command(bits, "bits a coordinate of held-out pictures by the variational bound, with its terms and error, as a JSON record",
                 model=("a folder written by train, or digits: the model that comes with the book", "digits"),

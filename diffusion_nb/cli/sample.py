@@ -4,7 +4,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from diffusion_nb.cli.models import device_name, load_model, write_json
+from diffusion_nb.cli.models import device_name, load_model
 
 
 def sample(args) -> int:
@@ -18,17 +18,30 @@ def sample_together(args, team) -> int:
     "One of the processes that draw; there may be one only."
     import torch
 
-    from diffusion_nb.denoisers import Clip
-    from diffusion_nb.generation.fast import Fast
     from diffusion_nb.generation.generate import generate
-    from diffusion_nb.grids import logsnr_grid, time_at, time_grid
-    from diffusion_nb.guidance import CFG
-    from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m
-    from diffusion_nb.variances import large, small
+    from diffusion_nb.util.storage import write_json
 
-    device = torch.device(args.device) if args.device else team.device
-    model, r, shape = load_model(args.model)
-    classes = r["classes"]
+    device, model = torch.device(args.device) if args.device else team.device, load_model(args.model)
+    classes, start = model.about.recipe["classes"], time.perf_counter()
+    check_sample(args, classes)
+    sampler, ts = walk_of(args, model)
+    denoiser = ready(args, model, device)
+    labels = torch.arange(args.n) % (classes or 1) if args.label is None else torch.full((args.n,), args.label)
+    out = Path(args.out or "runs/samples")
+    file = out / {"png": "pictures"}.get(args.format, f"samples.{args.format}")
+    generate(file, denoiser, sampler, ts, args.n, model.about.shape, cond={"y": labels} if classes else None,
+             first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
+    if team.rank == 0:
+        write_grid(file, out / "grid.png")
+        about = {k: v for k, v in vars(args).items() if k != "command"} | dict(seconds=round(time.perf_counter() - start, 1),
+                 device=device_name(device), processes=team.world, torch=torch.__version__, recipe=model.about.recipe) | dict(sampler=args.sampler or default_walk(model)[0], steps=len(ts) - 1)  # fmt: skip
+        write_json(out / "run.json", about)
+        print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json")
+    return 0
+
+
+def check_sample(args, classes: int) -> None:
+    "Raise ValueError for what this model cannot be asked."
     if args.label is not None and not 0 <= args.label < classes:
         raise ValueError(
             f"--label: this model knows the labels 0 to {classes - 1}"
@@ -37,31 +50,50 @@ def sample_together(args, team) -> int:
         )
     if args.guidance and not classes:
         raise ValueError("--guidance: this model knows no labels to be guided to")
-    if args.n < 1 or args.batch < 0 or args.steps < 1:
+    if args.n < 1 or args.batch < 0 or (args.steps is not None and args.steps < 1):
         raise ValueError(
             "--n and --steps: expected numbers of at least 1; --batch: of at least 1, or 0 for what fits"
         )
-    start, ts = time.perf_counter(), time_grid(args.steps)
-    run = {
-        "ddpm": partial(ddpm, var={"small": small, "large": large}[args.variance]),
-        "ddim": ddim,
-        "dpmpp_2m": dpmpp_2m,
-    }[args.sampler]
-    if args.sampler == "dpmpp_2m":  # the grid of notebook 12: even log SNR from -6 to 2, then the guess
-        ts = logsnr_grid(model.schedule, args.steps, *time_at(model.schedule, [2.0, -6.0]).tolist())
-    model = Clip(CFG(model, args.guidance, classes) if args.guidance else model).to(device)
-    labels = torch.arange(args.n) % (classes or 1) if args.label is None else torch.full((args.n,), args.label)
-    out = Path(args.out or "runs/samples")
-    file = out / {"png": "pictures"}.get(args.format, f"samples.{args.format}")
-    generate(file, Fast(model, bf16=args.bf16), run, ts, args.n, shape, cond={"y": labels} if classes else None,
-             first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
-    if team.rank == 0:
-        write_grid(file, out / "grid.png")
-        about = {k: v for k, v in vars(args).items() if k != "command"} | dict(seconds=round(time.perf_counter() - start, 1),
-                 device=device_name(device), processes=team.world, torch=torch.__version__, recipe=r)  # fmt: skip
-        write_json(out / "run.json", about)
-        print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json")
-    return 0
+
+
+def default_walk(model) -> tuple[str, int]:
+    "The sampler and the number of steps that a model is made for."
+    steps = {"student": ("ddim", model.about.steps), "consistency": ("consistency", 1)}
+    return steps.get(model.about.family, ("ddpm", 100))
+
+
+def walk_of(args, model):
+    "The sampler that was asked for, or else the model's own, and its times."
+    from diffusion_nb.cli.samplers import SAMPLERS
+    from diffusion_nb.variances import large
+
+    name, steps = default_walk(model)
+    name, steps = args.sampler or name, args.steps or steps
+    if (name == "consistency") != (model.about.family == "consistency"):
+        raise ValueError(
+            f"--sampler {name}: a consistency model draws with the sampler consistency, and no other model does"
+        )
+    if args.variance and name != "ddpm":
+        raise ValueError(f"--variance: it is of a step of ddpm; {name} has none to choose")
+    sampler, times = SAMPLERS[name]
+    return partial(sampler, var=large) if args.variance == "large" else sampler, times(
+        model.denoiser.schedule, steps
+    )
+
+
+def ready(args, model, device):
+    "The model's denoiser as it is to be used: guided, clipped, fast, on its device."
+    from diffusion_nb.denoisers import Clip
+    from diffusion_nb.generation.fast import Fast
+    from diffusion_nb.guidance import CFG
+
+    denoiser = model.denoiser.to(device)
+    if model.about.family == "consistency":
+        if args.guidance or args.bf16:
+            raise ValueError("--guidance, --bf16: not for a consistency model")
+        return denoiser
+    guided = CFG(denoiser, args.guidance, model.about.recipe["classes"]) if args.guidance else denoiser
+    return Fast(Clip(guided), bf16=args.bf16)
 
 
 def write_grid(file: Path, path: Path, most: int = 400) -> None:
@@ -95,13 +127,17 @@ def bits(args) -> int:
     from diffusion_nb.likelihood.bits import bits_per_dim, fitted
     from diffusion_nb.likelihood.continuous import vdm_bits
     from diffusion_nb.util.checks import default_device
+    from diffusion_nb.util.storage import write_json
     from diffusion_nb.variances import large, small
 
     if args.n < 2 or args.batch < 1 or args.steps < 2 or not 0 <= args.end < 1:
         raise ValueError("expected --n and --steps of at least 2, --batch of at least 1, --end from 0 to below 1")
     device = torch.device(args.device) if args.device else default_device()
-    model, r, _ = load_model(args.model)
-    model, data, start = Clip(model).to(device), data_set(r["data"]), time.perf_counter()
+    loaded, start = load_model(args.model), time.perf_counter()
+    if loaded.about.family == "consistency":
+        raise ValueError("--model: a consistency model is no denoiser of a chain, and has no bound on its bits")
+    model, r = Clip(loaded.denoiser).to(device), loaded.about.recipe
+    data = data_set(r["data"])
     pictures = data.load()
 
     def measure(bound, x, y, *ts, **options):

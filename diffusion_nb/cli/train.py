@@ -1,9 +1,10 @@
 """Commands that train: train, distill."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from diffusion_nb.cli.models import device_name, write_json
+from diffusion_nb.cli.models import device_name
 
 
 def train(args) -> int:
@@ -13,7 +14,7 @@ def train(args) -> int:
         return train_together(args, team)
 
 
-def watchers(args, out: Path, denoiser, data, classes: int, device) -> list:
+def watchers(args, out: Path, denoiser, shape, classes: int, device) -> list:
     "What looks on as a model is trained: the log, and what the options ask for."
     import torch
 
@@ -27,81 +28,139 @@ def watchers(args, out: Path, denoiser, data, classes: int, device) -> list:
     ]
     board = [TensorBoard(out / "tensorboard")] if args.tensorboard else []
     if args.grids:
-        draw = fixed_draws(data.shape, 8 * classes or 64, classes)
+        draw = fixed_draws(shape, 8 * classes or 64, classes)
         hooks.append(Grids(out / "grids", draw, args.grids, 8, *board))
     if args.power_ema:
         hooks.append(PowerEMA(denoiser, folder=out / "power", every=args.every))
     return hooks + board
 
 
+def pictures_of(args):
+    "The pictures that were asked for, a data set by name, a folder or an .npz file: (pictures or data set, labels, classes, shape, grey levels)."
+    from diffusion_nb.data import DATA_SETS, data_set
+    from diffusion_nb.training.folder import PictureFolder, read_npz
+
+    path = Path(args.data)
+    if args.data in {d.name for d in DATA_SETS} or not path.exists():
+        data = data_set(args.data)  # which names them where this is none
+        pictures = data.load()
+        return pictures.x, pictures.y, None, data.shape, data.levels
+    if path.is_dir():
+        if not args.size:
+            raise ValueError(
+                "--size: say to how many pixels the pictures of a folder are resized, such as --size 32"
+            )
+        found = PictureFolder(path, args.size)
+        return found, None, len(found.classes) if len(found.classes) > 1 else 0, (3, args.size, args.size), 256
+    x, y = read_npz(path)
+    return x, y, 0 if y is None else int(y.max()) + 1, tuple(x.shape[1:]), 256
+
+
+def recipe_of(args, classes: int | None) -> dict:
+    "The recipe that was asked for, or that of the data set, with what the command line changes."
+    from diffusion_nb.recipes.diffusion import recipe
+    from diffusion_nb.recipes.vdm import vdm_recipe
+
+    name = args.recipe or (args.data if classes is None else "pictures")
+    given = {k: v for k in ("steps", "batch", "lr", "width", "seed") if (v := getattr(args, k)) is not None}
+    own = {} if classes is None else {"data": args.data, "classes": classes}
+    return (vdm_recipe if args.vdm else recipe)(name) | own | given
+
+
 def train_together(args, team) -> int:
     "One of the processes that train a model; there may be one only."
     import torch
-    from safetensors.torch import save_file
 
-    from diffusion_nb.data import data_set
-    from diffusion_nb.recipes.diffusion import recipe, recipe_denoiser, recipe_trainer
-    from diffusion_nb.recipes.vdm import vdm_denoiser, vdm_recipe, vdm_trainer
-    from diffusion_nb.util.storage import write_atomically
+    from diffusion_nb.models.model import About, Model, fill
+    from diffusion_nb.recipes.diffusion import recipe_trainer
+    from diffusion_nb.recipes.vdm import vdm_trainer
+    from diffusion_nb.util.checks import check_numbers
+    from diffusion_nb.util.storage import own_tensors, write_json
 
-    if min(args.every, args.keep, args.accumulate) < 1 or args.grids < 0:
-        raise ValueError(
-            "--every, --keep and --accumulate: expected numbers of at least 1; --grids: of at least 0"
-        )
-    of, fresh, trainer_of = (
-        (vdm_recipe, vdm_denoiser, vdm_trainer) if args.vdm else (recipe, recipe_denoiser, recipe_trainer)
-    )
-    given = {k: v for k in ("steps", "batch", "lr", "width", "seed") if (v := getattr(args, k)) is not None}
-    data, out = data_set(args.data), Path(args.out or f"runs/{'vdm-' if args.vdm else ''}{args.data}")
-    r, device, first = (
-        of(args.data) | given,
+    check_numbers(every=(args.every, 1), keep=(args.keep, 1), accumulate=(args.accumulate, 1), grids=(args.grids, 0), workers=(args.workers, 0))  # fmt: skip
+    x, y, classes, shape, levels = pictures_of(args)
+    r = recipe_of(args, classes)
+    about = About("vdm" if args.vdm else "diffusion", r, shape, levels)
+    out = Path(args.out or f"runs/{'vdm-' if args.vdm else ''}{Path(args.data).stem}")
+    device, first, denoiser = (
         torch.device(args.device) if args.device else team.device,
         team.rank == 0,
+        about.fresh(),
     )
+    if args.from_:
+        fill(denoiser, own_tensors(Model.load(args.from_).denoiser), f"--from {args.from_}")
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.use_deterministic_algorithms(args.deterministic)
-    trainer = trainer_of(r, data.load(), device=device, bf16=args.bf16, compile=args.compile, checkpoint=out / "checkpoint.safetensors",
-                         save_every=args.every, keep_checkpoints=args.keep, accumulate=args.accumulate, skip=args.skip, shard=args.shard,
-                         hooks=watchers(args, out, fresh(r, data.shape), data, r["classes"], device))  # fmt: skip
+    trainer = (vdm_trainer if args.vdm else recipe_trainer)(
+        r, x, y, denoiser=denoiser, device=device, bf16=args.bf16, compile=args.compile, checkpoint=out / "checkpoint.safetensors",
+        save_every=args.every, keep_checkpoints=args.keep, accumulate=args.accumulate, skip=args.skip, shard=args.shard, workers=args.workers,
+        hooks=watchers(args, out, denoiser, shape, r["classes"], device))  # fmt: skip
     resumed, start = trainer.step, time.perf_counter()
     if resumed == trainer.steps and all((out / name).exists() for name in ("run.json", "model.safetensors")):
         print(f"{out} holds this run, finished; ask for more --steps to go on with it")
         return 0
-    if resumed and first:
-        print(f"going on from step {resumed} of {out / 'checkpoint.safetensors'}")
+    if first:
+        about.save(out)
+        if resumed:
+            print(f"going on from step {resumed} of {out / 'checkpoint.safetensors'}")
     model = trainer.fit(args.minutes)
     if not first:
         return 0
-    weights = {k: v.detach().cpu().contiguous() for k, v in (model if args.vdm else model.net).named_parameters()}
     seconds = time.perf_counter() - start
-    write_atomically(out / "model.safetensors", lambda p: save_file(weights, p))
-    about = dict(vdm=args.vdm, recipe=r, shape=data.shape, levels=data.levels, steps_here=trainer.step - resumed, seconds_here=round(seconds, 1),
-                 device=device_name(device), processes=team.world, torch=torch.__version__, bf16=args.bf16, compile=args.compile,
-                 skipped=int(trainer.state.skipped), losses=trainer.losses)  # fmt: skip
-    write_json(out / "run.json", about)
+    Model(model, about).save(out)
+    write_json(out / "run.json", dict(
+        vdm=args.vdm, recipe=r, shape=shape, levels=levels, steps_here=trainer.step - resumed, seconds_here=round(seconds, 1),
+        device=device_name(device), processes=team.world, torch=torch.__version__, bf16=args.bf16, compile=args.compile,
+        skipped=int(trainer.state.skipped), losses=trainer.losses))  # fmt: skip
     if trainer.step < trainer.steps:
         print(f"step {trainer.step} of {trainer.steps}; the same command goes on from there")
     if trainer.state.skipped:
         print(f"{int(trainer.state.skipped)} steps were left out, for their gradient was not finite")
-    print(f"wrote {out}/model.safetensors and run.json; next: diffusion-nb sample --model {out}")
+    print(f"wrote {out}/model.safetensors, model.json and run.json; next: diffusion-nb sample --model {out}")
     return 0
 
 
 def distill(args) -> int:
-    from diffusion_nb.recipes.consistency import train_consistency
-    from diffusion_nb.recipes.distillation import distill_recipe
+    return one_step(args) if args.consistency else halve(args)
 
-    options = dict(device=args.device, bf16=args.bf16, compile=args.compile, save_every=args.every)
-    if args.consistency:
-        folder = Path(args.out or f"runs/{args.data}")
-        if not (folder / "run.json").exists():
-            raise ValueError(
-                f"{folder} holds no teacher; first: diffusion-nb train --data {args.data} --out {folder}"
-            )
-        train_consistency(args.data, folder, checkpoint=folder / "consistency-checkpoint.safetensors", **options)
-        print(f"wrote {folder}/consistency.safetensors, a model that draws in one call")
-    else:
-        folder = Path(args.out or f"runs/distill-{args.data}")
-        students = distill_recipe(args.data, folder, **options)
-        print(f"wrote the teacher and the students of {', '.join(map(str, students))} steps to {folder}")
+
+def options_of(args) -> dict:
+    return dict(device=args.device, bf16=args.bf16, compile=args.compile, save_every=args.every)
+
+
+def one_step(args) -> int:
+    "A consistency model of the teacher in a folder."
+    from diffusion_nb.models.model import Model
+    from diffusion_nb.recipes.consistency import train_consistency
+
+    folder = Path(args.out or f"runs/{args.data}")
+    if not (folder / "model.json").exists():
+        raise ValueError(f"{folder} holds no teacher; first: diffusion-nb train --data {args.data} --out {folder}")
+    teacher = Model.load(folder)
+    checkpoint = folder / "consistency-checkpoint.safetensors"
+    f = train_consistency(args.data, teacher.denoiser, teacher.about.recipe["classes"], checkpoint=checkpoint, **options_of(args))  # fmt: skip
+    Model(f, replace(teacher.about, family="consistency")).save(folder / "consistency")
+    print(
+        f"wrote {folder}/consistency, a model that draws in one call; next: diffusion-nb sample --model {folder}/consistency"
+    )
+    return 0
+
+
+def halve(args) -> int:
+    "A teacher, and students of ever fewer steps."
+    from diffusion_nb.data import data_set
+    from diffusion_nb.models.model import About, Model
+    from diffusion_nb.recipes.diffusion import recipe
+    from diffusion_nb.recipes.distillation import DISTILL, distill_recipe
+    from diffusion_nb.recipes.settings import settings
+
+    folder, r = (
+        Path(args.out or f"runs/distill-{args.data}"),
+        recipe(settings(f"distill.{args.data}", **DISTILL).teacher),
+    )
+    data, students = data_set(r["data"]), distill_recipe(args.data, folder, **options_of(args))
+    for n, student in students.items():
+        Model(student, About("student", r, data.shape, data.levels, n)).save(folder / f"student-{n}")
+    print(f"wrote the teacher and the students of {', '.join(map(str, students))} steps to {folder}; "
+          f"next: diffusion-nb sample --model {folder}/student-{min(students)}")  # fmt: skip
     return 0

@@ -47,7 +47,7 @@ def judge_digits(
 # %% ../../nbs/07_ddpm.ipynb #edfe26e6
 def train_digits(**r) -> tuple[dict[str, Tensor], dict[str, float]]:
     "The weights of a digit model made by this recipe, on the CPU, and the judge's verdict."
-    denoiser = recipe_trainer(r, digits(), device="cpu").fit()
+    denoiser = recipe_trainer(r, *digits()[:2], device="cpu").fit()
     return denoiser.net.state_dict(), {name: round(value, 4) for name, value in judge_digits(denoiser).items()}
 
 

@@ -40,7 +40,7 @@ def run_vdm(**r) -> tuple[dict, dict]:
     for name, exponents in (("features", r["exponents"]), ("plain", ())):
         rows, ends = [], []
         for seed in range(r["seeds"]):
-            model = vdm_trainer(r | {"seed": seed, "exponents": exponents}, data, device="cpu").fit()
+            model = vdm_trainer(r | {"seed": seed, "exponents": exponents}, data.x, data.y, device="cpu").fit()
             rows.append(torch.stack(vdm_bits(Clip(model), data.x_test, r["levels"], y=data.y_test)).float())
             ends.append(model.denoiser.schedule.ends.detach())
             if seed == 0 and exponents:

@@ -1,11 +1,12 @@
 """Recipes of diffusion models: network, schedule, target, training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from diffusion_nb.data import Pictures
 from diffusion_nb.denoisers import NetDenoiser, predict_eps, predict_v
 from diffusion_nb.losses.simple import denoising_loss, snr, snr_plus_one
 from diffusion_nb.nets.unet import UNet
@@ -42,14 +43,26 @@ def recipe_denoiser(r: dict, shape: Sequence[int]) -> NetDenoiser:
     return NetDenoiser(net, SCHEDULES[r["schedule"]](), TARGETS[r["target"]][0])
 
 
-def recipe_trainer(r: dict, pictures: Pictures, **options) -> Trainer:
-    "The trainer that a recipe describes. options: those of `Trainer`, such as device, bf16, compile, checkpoint, save_every."
-    denoiser = recipe_denoiser(r, pictures.x.shape[1:])
-    lr = {
-        "cosine": warmup_cosine(r["lr"], r["warmup"], r["steps"]),
-        "constant": warmup_constant(r["lr"], r["warmup"]),
-    }[r["decay"]]
+def labelled(r: dict, y: Tensor | None) -> dict:
+    "The labels as a `Trainer` takes them, if the network of this recipe knows any; y: None where they come with the pictures."
+    return (dict(null=r["classes"]) | ({} if y is None else dict(cond={"y": y}))) if r["classes"] else {}
+
+
+def learning_rate(r: dict) -> Callable[[int], float]:
+    "step ↦ the learning rate of a recipe."
+    rise = {"cosine": partial(warmup_cosine, steps=r["steps"]), "constant": warmup_constant}[r["decay"]]
+    return rise(r["lr"], r["warmup"])
+
+
+def recipe_trainer(
+    r: dict, x: Tensor | Dataset, y: Tensor | None = None, *, denoiser: NetDenoiser | None = None, **options
+) -> Trainer:
+    """The trainer that a recipe describes, for pictures x and labels y, or a data set of both.
+
+    denoiser: where to start, if not from a fresh one. options: those of `Trainer`, such as device, bf16, compile, checkpoint, save_every.
+    """
+    x = as_bytes(x) if isinstance(x, Tensor) else x
+    denoiser = denoiser or recipe_denoiser(r, x.shape[1:])
     loss = partial(denoising_loss, weight=TARGETS[r["target"]][1])
-    return Trainer(denoiser, as_bytes(pictures.x), loss=loss, steps=r["steps"], lr=lr, batch=r["batch"], ema=r["ema"],
-                   betas=(0.9, r["beta2"]), seed=r["seed"], augment=flip_half if r["flip"] else None,
-                   **(dict(cond={"y": pictures.y}, null=r["classes"]) if r["classes"] else {}), **options)  # fmt: skip
+    return Trainer(denoiser, x, loss=loss, steps=r["steps"], lr=learning_rate(r), batch=r["batch"], ema=r["ema"], betas=(0.9, r["beta2"]),
+                   seed=r["seed"], augment=flip_half if r["flip"] else None, **labelled(r, y), **options)  # fmt: skip

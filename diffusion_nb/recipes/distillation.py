@@ -24,11 +24,11 @@ def distill_pictures(
 def distill_recipe(name: str, folder: Path | str, **options) -> dict[int, Denoiser]:
     """Train the teacher of [distill.NAME] in settings.ini, then its students, {n: denoiser}.
 
-    folder: holds teacher.safetensors and a student-N.safetensors for each; run again, it goes on where it was.
+    folder: holds the checkpoints teacher.safetensors and a student-N.safetensors for each; run again, it goes on where it was.
     options: those of `recipe_trainer`: device, bf16, compile, save_every.
     """
     r = vars(settings(f"distill.{name}", **DISTILL))
     pictures = data_set(recipe(r["teacher"])["data"]).load()
     checkpoint = Path(folder) / "teacher.safetensors"
-    teacher = recipe_trainer(recipe(r["teacher"]), pictures, checkpoint=checkpoint, **options).fit()
+    teacher = recipe_trainer(recipe(r["teacher"]), pictures.x, pictures.y, checkpoint=checkpoint, **options).fit()
     return distill_pictures(r, teacher, pictures, folder=folder, **options)

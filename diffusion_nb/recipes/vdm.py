@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from diffusion_nb.data import Pictures
 from diffusion_nb.denoisers import NetDenoiser, Warped, predict_eps
 from diffusion_nb.likelihood.bits import check_levels
 from diffusion_nb.losses.vdm import vdm_loss
 from diffusion_nb.nets.conditioning import FourierFeatures, TellGamma
 from diffusion_nb.nets.unet import UNet
+from diffusion_nb.recipes.diffusion import labelled, learning_rate
 from diffusion_nb.recipes.settings import ints, one_of, settings
 from diffusion_nb.schedules import LearnedSchedule
-from diffusion_nb.training.lr import warmup_constant, warmup_cosine
 from diffusion_nb.training.trainer import Trainer
 
 VDM = dict(data=str, width=int, mults=ints, blocks=int, attention=ints, classes=int, dropout=float, patch=int,
@@ -39,16 +39,24 @@ def vdm_denoiser(r: dict, shape: Sequence[int]) -> Warped:
     )
 
 
-def vdm_trainer(r: dict, pictures: Pictures, *, compile: bool = False, **options) -> Trainer:
-    "The trainer that a recipe describes. compile: the network. options: device, bf16, checkpoint, save_every. Raises ValueError for pictures off the grid of levels."
-    check_levels(pictures.x[:1000], r["levels"])
-    lr = {
-        "cosine": warmup_cosine(r["lr"], r["warmup"], r["steps"]),
-        "constant": warmup_constant(r["lr"], r["warmup"]),
-    }[r["decay"]]
-    trainer = Trainer(vdm_denoiser(r, pictures.x.shape[1:]), pictures.x, loss=vdm_loss(r["levels"]), steps=r["steps"], lr=lr,
-                      batch=r["batch"], ema=r["ema"], betas=(0.9, r["beta2"]), seed=r["seed"],
-                      **(dict(cond={"y": pictures.y}, null=r["classes"]) if r["classes"] else {}), **options)  # fmt: skip
+def vdm_trainer(
+    r: dict,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    denoiser: Warped | None = None,
+    compile: bool = False,
+    **options,
+) -> Trainer:
+    """The trainer that a recipe describes, for pictures x and labels y. Raises ValueError for pictures off the grid of levels.
+
+    denoiser: where to start, if not from a fresh one. compile: the network. options: device, bf16, checkpoint, save_every.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError("x: expected the pictures as a tensor, (n, c, h, w)")
+    check_levels(x[:1000], r["levels"])
+    trainer = Trainer(denoiser or vdm_denoiser(r, x.shape[1:]), x, loss=vdm_loss(r["levels"]), steps=r["steps"], lr=learning_rate(r),
+                      batch=r["batch"], ema=r["ema"], betas=(0.9, r["beta2"]), seed=r["seed"], **labelled(r, y), **options)  # fmt: skip
     if compile:
         trainer.denoiser.denoiser.net.compile()
     return trainer

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def check_labels(y: Tensor, classes: int) -> None:
 def check_numbers(**named: tuple[int, int]) -> None:
     "Raise ValueError unless each is a whole number of at least so much: check_numbers(batch=(batch, 1))."
     for name, (value, least) in named.items():
-        if isinstance(value, bool) or int(value) != value or value < least:
+        if isinstance(value, bool) or not isinstance(value, Real) or value != value // 1 or value < least:
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
 
 

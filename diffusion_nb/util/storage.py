@@ -59,6 +59,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         draft.unlink(missing_ok=True)
 
 
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    "The parameters and persistent buffers of a module, each once, also where it is shared by several parts."
+    names = {name for values in (module.named_parameters(), module.named_buffers()) for name, _ in values}
+    return {name: v for name, v in module.state_dict().items() if name in names}
+
+
+def write_json(path: Path, value: dict) -> None:
+    "Write it whole or not at all, indented."
+    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+
+
 def checksum(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
     "SHA-256 of the names, types, shapes and bytes of these tensors, and of what is said about them."
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())

@@ -1,0 +1,43 @@
+"""The samplers that commands name, each with the times that suit it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffusion_nb.grids import few_times, noise_times, time_grid
+from diffusion_nb.samplers.consistency import consistency_sample
+from diffusion_nb.samplers.heun import heun
+from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde
+from diffusion_nb.samplers.sde import predictor_corrector, reverse_sde
+
+
+def even(schedule, n: int) -> Tensor:
+    "n equal steps."
+    return time_grid(n)
+
+
+def from_data(schedule, n: int) -> Tensor:
+    "n equal steps, from t = 0.98 where nothing of the data is left at 1, and rates are infinite."
+    return time_grid(n, start=1.0 if schedule(torch.ones((), dtype=torch.float64))[0] > 1e-3 else 0.98)
+
+
+def noise_levels(schedule, n: int) -> Tensor:
+    "n levels of sigma/alpha, even in their logarithm, from the largest up to 80 down to 0.5, then 0."
+    largest = min(80.0, (-0.5 * schedule.logsnr(torch.ones((), dtype=torch.float64))).exp().item())
+    return noise_times(
+        schedule,
+        *torch.logspace(*torch.tensor([largest, 0.5]).log10().tolist(), n).tolist() if n > 1 else [largest],
+    )
+
+
+SAMPLERS: dict[str, tuple[Callable, Callable]] = {
+    "ddpm": (ddpm, even),
+    "ddim": (ddim, even),
+    "heun": (heun, few_times),
+    "dpmpp_2m": (dpmpp_2m, few_times),
+    "dpmpp_2m_sde": (dpmpp_2m_sde, few_times),
+    "reverse_sde": (reverse_sde, from_data),
+    "predictor_corrector": (predictor_corrector, from_data),
+    "consistency": (consistency_sample, noise_levels),
+}

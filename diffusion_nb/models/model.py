@@ -1,0 +1,109 @@
+"""A trained model with what is needed to use it, in a folder."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_nb.denoisers import Guess
+from diffusion_nb.recipes.diffusion import recipe_denoiser
+from diffusion_nb.recipes.vdm import vdm_denoiser
+from diffusion_nb.util.checks import check_numbers
+from diffusion_nb.util.storage import check_fits, own_tensors, read_weights, save_tensors, write_json
+
+FAMILIES = {  # what builds the network of a recipe
+    "diffusion": recipe_denoiser,
+    "vdm": vdm_denoiser,
+    "student": recipe_denoiser,  # of progressive distillation
+    "consistency": lambda r, shape: Guess(recipe_denoiser(r, shape)),
+}
+FILES = "model.safetensors", "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class About:
+    "What model.json says: the family, the recipe of the network, the shape and grey levels of its pictures, and of a student its steps."
+
+    family: str
+    recipe: dict
+    shape: tuple[int, int, int]
+    levels: int = 256
+    steps: int = 0
+
+    def fresh(self) -> nn.Module:
+        "The network, not trained."
+        return FAMILIES[self.family](self.recipe, self.shape)
+
+    def save(self, folder: Path | str) -> None:
+        write_json(Path(folder) / "model.json", asdict(self))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained denoiser, or consistency function, and what it is.
+
+    `Model(denoiser, about).save(folder)` writes model.safetensors and model.json; `Model.load(folder)` reads them.
+    """
+
+    denoiser: nn.Module
+    about: About
+
+    def save(self, folder: Path | str) -> None:
+        "Write the folder. Raises OSError where it cannot be written."
+        self.about.save(folder)
+        save_tensors(Path(folder) / FILES[0], own_tensors(self.denoiser), {})
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Model":
+        """The model of a folder, or of a file in one: weights, or a training's checkpoint, of which the averaged weights are taken.
+
+        Its network is in eval mode and without gradients. Raises ValueError where something is missing or damaged, or does not fit.
+        """
+        path = Path(path)
+        folder = path.parent if path.suffix == ".safetensors" else path
+        about = read_about(folder / "model.json")
+        file = (
+            path
+            if path != folder
+            else next((folder / f for f in FILES if (folder / f).exists()), folder / FILES[0])
+        )
+        if not file.exists():
+            raise ValueError(
+                f"{folder} holds no {file.name}: expected a folder written by `diffusion-nb train` or Model.save"
+            )
+        try:
+            denoiser, tensors = about.fresh(), read_weights(file)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as e:  # of a recipe that nobody wrote
+            raise ValueError(f"{folder / 'model.json'} is damaged, or its recipe is none: {e!r}") from e
+        averaged = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
+        fill(denoiser, averaged or tensors, f"{file}, by its model.json,")
+        return cls(denoiser.eval().requires_grad_(False), about)
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    "Give the module these weights and buffers. Raises ValueError where names or shapes differ; it is then as it was."
+    own = own_tensors(module)
+    check_fits(own, tensors, what)
+    with torch.no_grad():
+        for name, v in own.items():
+            v.copy_(tensors[name])
+
+
+def read_about(file: Path) -> About:
+    "What a model.json says. Raises ValueError where it is not there, damaged, or asks for what cannot be meant."
+    if not file.exists():
+        raise ValueError(
+            f"{file.parent} holds no {file.name}: expected a folder written by `diffusion-nb train` or Model.save"
+        )
+    try:
+        about = About(**json.loads(file.read_text(encoding="utf-8")))
+        channels, height, width = about.shape
+        FAMILIES[about.family], about.recipe["width"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{file} is damaged, or not written by `diffusion-nb train` or Model.save: {e!r}") from e
+    check_numbers(channels=(channels, 1), height=(height, 1), width=(width, 1))
+    if max(channels * height * width, channels * 2**12) > 2**28:
+        raise ValueError(f"{file}: pictures of shape {about.shape} cannot be meant")
+    return About(**{**asdict(about), "shape": (channels, height, width)})
