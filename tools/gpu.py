@@ -150,7 +150,8 @@ def run(args, out: Path) -> dict:
     result |= dict(date=str(datetime.date.today()), machine=about(), stages={})
     if args.device == "cuda" and not result["machine"]["device"]:
         sys.exit("PyTorch sees no GPU; --device cpu tries this script without one")
-    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", DIFFUSION_NB_GPU_TESTS_ON=args.device, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")  # fmt: skip
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | dict(PYTHONPATH=path, PYTHONUNBUFFERED="1", DIFFUSION_NB_GPU_TESTS_ON=args.device, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")  # fmt: skip
     print(result["machine"], flush=True)
     for stage in stages(args.device, out):
         if args.only and stage.name not in args.only:

@@ -15,7 +15,11 @@ from diffusion_nb.samplers.linear import ddim, ddpm
 
 WRAPS = {"plain": lambda d: d, "clipped": Clip, "guided": lambda d: Clip(CFG(d, 1.5, CLASSES))}
 TOLERANCE = {False: 1e-4, True: 0.05}  # of a guess, relative: float32, bfloat16
-LABELS = torch.arange(4, device=DEVICE if not ON_GPU or torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def y():
+    return torch.arange(4, device=DEVICE)
 
 
 def counters(of):
@@ -31,7 +35,7 @@ def check_compiled(graphs):
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("wrap, net", [("guided", unet), ("plain", Small), ("clipped", Small)])
-def test_a_fast_guess_is_the_guess(wrap, net, bf16):
+def test_a_fast_guess_is_the_guess(wrap, net, bf16, y):
     "At the call that compiles, at those that record, and at those that play back."
     model = ready(WRAPS[wrap](denoiser(net(), "cosine")))
     fast, noise = Fast(model, bf16=bf16, **COMPILER), Noise(range(4), SHAPE, DEVICE)
@@ -39,8 +43,8 @@ def test_a_fast_guess_is_the_guess(wrap, net, bf16):
     for k in range(6):
         t = torch.tensor(1 - k / 6, dtype=torch.float64, device=DEVICE)
         with torch.no_grad():
-            want = model(noise(k), t, y=LABELS)
-        kept.append((fast(noise(k), t, y=LABELS), want))
+            want = model(noise(k), t, y=y)
+        kept.append((fast(noise(k), t, y=y), want))
     for got, want in kept:  # the later calls have not changed the earlier guesses
         for part in ("x_t", "alpha", "sigma", "x0"):
             near(getattr(got, part), getattr(want, part), TOLERANCE[bf16])
@@ -58,22 +62,22 @@ def test_fast_walks(sampler, bf16):
     check_compiled(1)
 
 
-def test_each_of_many_is_compiled():
+def test_each_of_many_is_compiled(y):
     "PyTorch compiles one code object eight times, and then runs it as it is, without an error."
     noise, t = Noise(range(4), SHAPE, DEVICE), torch.tensor(0.5, dtype=torch.float64, device=DEVICE)
     for k in range(14):
         model = ready(denoiser(Small(seed=k), "cosine"))
         fast = Fast(model, **COMPILER)
         for i in range(4):
-            near(fast(noise(i), t, y=LABELS).x0, model(noise(i), t, y=LABELS).x0, TOLERANCE[False])
+            near(fast(noise(i), t, y=y).x0, model(noise(i), t, y=y).x0, TOLERANCE[False])
         check_compiled(k + 1)
 
 
-def test_memory_is_flat():
+def test_memory_is_flat(y):
     fast, noise = Fast(ready(denoiser(Small(), "cosine")), **COMPILER), Noise(range(4), SHAPE, DEVICE)
     seen = []
     for _ in range(7):
-        ddim(fast, noise(0), time_grid(50), y=LABELS)
+        ddim(fast, noise(0), time_grid(50), y=y)
         seen.append(in_use())
     assert seen[-1] - seen[1] < 250 * (512 if ON_GPU else 3000)
 
