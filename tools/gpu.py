@@ -8,6 +8,7 @@ after each stage, and of each stage its log, the tests' XML or the benchmark's J
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -52,23 +53,24 @@ class Stage(NamedTuple):
 
 def stages(device: str, out: Path) -> list[Stage]:
     "What is done, in this order. The limits of what needs no other library add up to eight minutes."
-    small = [] if device == "cuda" else ["--width=8", "--batches=2", "--rounds=1"]
 
     def tests(name, limit):
         alone = "-c /dev/null --rootdir tests/gpu --confcutdir tests/gpu -p no:cacheprovider -v --durations=10 --tb=short"  # no other conftest
         return Stage(name, limit, ["-m", "pytest", *alone.split(), f"--junitxml={out}/{name}.xml", f"tests/gpu/test_gpu_{name}.py"])  # fmt: skip
 
-    def timed(name, limit, words, others=False):
+    def timed(name, limit, words, toy="--width=8 --batches 2 --rounds=1"):
         script, *options = words.split()
-        return Stage(name, limit, [f"benchmarks/{script}.py", *options, f"--out={out}", *([] if others else small)], others)  # fmt: skip
+        options += [] if device == "cuda" else toy.split()
+        return Stage(name, limit, [f"benchmarks/{script}.py", *options, f"--out={out}"], script != "gpu")
 
+    toy = "--width=8 --batch=2 --rounds=1"
     return [
         tests("equal", 60), tests("syncs", 45), tests("training", 150), tests("fast", 60),
         timed("train", 70, "gpu train --minutes 0.2"), timed("sample", 55, "gpu sample --minutes 0.2"), timed("guesses", 40, "gpu fast --minutes 0.1"),
-        timed("train-others", 150, "train --only diffusion_nb diffusers --rounds 3 --minutes 0.5", others=True),
-        timed("sample-others", 120, "sample --only diffusion_nb diffusers --rounds 2 --minutes 0.5", others=True),
-        timed("fifty-thousand", 90, "fifty_thousand --only ddim-50 dpmpp_2m-10 --minutes 0.25", others=True),
-        timed("curves", 90, "curves --only diffusion_nb --batches 16 256 --sizes --steps --minutes 0.2", others=True),
+        timed("train-others", 150, "train --only diffusion_nb diffusers --rounds 3 --minutes 0.5", toy),
+        timed("sample-others", 120, "sample --only diffusion_nb diffusers --rounds 2 --minutes 0.5", toy),
+        timed("fifty-thousand", 90, "fifty_thousand --only ddim-50 dpmpp_2m-10 --minutes 0.25", "--width=8 --batch=2 --n=2"),
+        timed("curves", 90, "curves --only diffusion_nb --batches 16 256 --sizes --steps --minutes 0.2", "--width=8 --batches 1 2 --turn=1"),
     ]  # fmt: skip
 
 
@@ -108,8 +110,9 @@ def about() -> dict:
 def end(process: subprocess.Popen) -> None:
     "Stop a process and its children: asked first, so that the tests say how far they came."
     for number, patience in ((signal.SIGINT, 8), (signal.SIGKILL, None)):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
+        try:
             process.wait(patience)
             return
         except subprocess.TimeoutExpired:
@@ -143,43 +146,50 @@ def write(path: Path, result: dict) -> None:
     os.replace(draft, path)
 
 
+def told(stage: Stage, left: float, env: dict[str, str], out: Path) -> dict:
+    "How a stage went, or why it was left out, with so many seconds left."
+    if lacking := missing(OTHERS if stage.others else ()):
+        return dict(ended=f"left out: {', '.join(lacking)} missing", seconds=0)
+    if left < 20:
+        return dict(ended="left out: no time left", seconds=0)
+    return ran(stage, min(stage.limit, left), env, out / f"{stage.name}.log")
+
+
+def environment(device: str) -> dict[str, str]:
+    "This environment, with the library from this folder and no plugins of pytest."
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | dict(PYTHONPATH=path, PYTHONUNBUFFERED="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", DIFFUSION_NB_GPU_TESTS_ON=device)  # fmt: skip
+
+
 def run(args, out: Path) -> dict:
     "All stages, as far as the time goes; what is known is in gpu.json at any moment."
-    finish, result = time.monotonic() + 60 * args.minutes, dict(command=shlex.join(["python", *sys.argv]))
+    finish = time.monotonic() + 60 * args.minutes - 10  # to stop the last one
     install()
-    result |= dict(date=str(datetime.date.today()), machine=about(), stages={})
-    if args.device == "cuda" and not result["machine"]["device"]:
+    machine = about()
+    if args.device == "cuda" and not machine["device"]:
         sys.exit("PyTorch sees no GPU; --device cpu tries this script without one")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = os.environ | dict(PYTHONPATH=path, PYTHONUNBUFFERED="1", DIFFUSION_NB_GPU_TESTS_ON=args.device, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")  # fmt: skip
-    print(result["machine"], flush=True)
+    print(machine, flush=True)
+    result = dict(command=shlex.join(["python", *sys.argv]), date=str(datetime.date.today()), machine=machine, stages={})  # fmt: skip
     for stage in stages(args.device, out):
-        if args.only and stage.name not in args.only:
-            continue
-        left, lacking = finish - time.monotonic() - 10, missing(OTHERS if stage.others else ())
-        if lacking or left < 20:
-            told = dict(
-                ended=f"left out: {', '.join(lacking) + ' missing' if lacking else 'no time left'}", seconds=0
-            )
-        else:
-            told = ran(stage, min(stage.limit, left), env, out / f"{stage.name}.log")
-        result["stages"][stage.name] = told
-        write(out / "gpu.json", result)
-        print(f"{stage.name}: {told['ended']}, {told['seconds']} s  {told.get('said', '')}", flush=True)
+        if not args.only or stage.name in args.only:
+            row = told(stage, finish - time.monotonic(), environment(args.device), out)
+            result["stages"][stage.name] = row
+            write(out / "gpu.json", result)
+            print(f"{stage.name}: {row['ended']}, {row['seconds']} s  {row.get('said', '')}", flush=True)
     return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="for everything")
-    parser.add_argument("--only", nargs="+", help="some of the stages")
+    parser.add_argument("--only", nargs="+", choices=[s.name for s in stages("cuda", ROOT)], help="some of the stages")  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks/results/gpu").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    told = run(args, out)["stages"].values()
+    rows = run(args, out)["stages"].values()
     print(f"written to {out}")
-    return int(any(not stage["ended"].startswith(("done", "left out")) for stage in told))
+    return int(any(not row["ended"].startswith(("done", "left out")) for row in rows))
 
 
 if __name__ == "__main__":

@@ -268,7 +268,11 @@ def trainer(given: Task, device: torch.device = DEVICE, compile: bool = False, *
 
 # what is measured
 
-AT_HOME = ("grid, ", "below, ")  # of Levels: they look at what is on the CPU with a GPU, too, or only without one
+AT_HOME = (
+    "grid, ",
+    "below, ",
+    "index, ",
+)  # of time_samplers: they look at what is on the CPU with a GPU, too, or only without one
 
 
 class Watch:

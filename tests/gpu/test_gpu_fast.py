@@ -14,7 +14,7 @@ from diffusion_nb.noise import Noise
 from diffusion_nb.samplers.linear import ddim, ddpm
 
 WRAPS = {"plain": lambda d: d, "clipped": Clip, "guided": lambda d: Clip(CFG(d, 1.5, CLASSES))}
-TOLERANCE = {False: 1e-4, True: 0.05}  # of a guess, relative: float32, bfloat16
+TOLERANCE = {False: 1e-4, True: 0.1}  # of a guess, relative: float32, bfloat16
 
 
 @pytest.fixture

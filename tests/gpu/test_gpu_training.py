@@ -154,4 +154,4 @@ def test_data_larger_than_memory_stay_where_they_are(monkeypatch):
     if ON_GPU:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1, 1))
     far = trainer(task("v"))
-    near(losses_of(far), losses_of(near_by), 1e-6)
+    near(losses_of(far), losses_of(near_by), 1e-4)
