@@ -22,7 +22,8 @@ from diffusion_nb.noise import Noise
 from diffusion_nb.samplers.linear import ddim
 from diffusion_nb.schedules import DDPMSchedule, linear_betas
 from diffusion_nb.time_samplers import chain_times
-from diffusion_nb.training.trainer import Trainer, flip_half
+from diffusion_nb.training.batches import flip_half
+from diffusion_nb.training.trainer import Trainer
 
 T, SHAPE = 1000, (3, 32, 32)
 
@@ -71,7 +72,7 @@ def train(args):
     peak, operations = measured_peak(args), work(args, backward=True)
     for batch in args.batches or (256, 512, 128):
         x0 = Noise(range(10 * batch), SHAPE)(0).clamp(-1, 1)
-        trainer = Trainer(model(args), x0, steps=10**6, lr=lambda k: 2e-4, batch=batch, times=chain_times(T), augment=flip_half,
+        trainer = Trainer(model(args), x0, steps=10**6, lr=lambda k: 2e-4, batch=batch, time_sampler=chain_times(T), augment=flip_half,
                           device=args.device, bf16=args.bf16, compile=args.compile)  # fmt: skip
 
         def turn(trainer=trainer):

@@ -52,7 +52,8 @@ from diffusion_nb.schedules import (
     linear_betas,
 )
 from diffusion_nb.time_samplers import Levels, LossHistory, chain_times, continuous_times, steady, weighted
-from diffusion_nb.training.trainer import Trainer, flip_half
+from diffusion_nb.training.batches import flip_half
+from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.profiling import HostSyncs
 from diffusion_nb.variances import large
 
@@ -259,7 +260,7 @@ def trainer(given: Task, device: torch.device = DEVICE, compile: bool = False, *
     x0 = pictures()
     options = dict(steps=1000, lr=lambda k: 1e-3, batch=16, ema=0.9, augment=flip_half) | options
     whole = not isinstance(given.model, Warped)
-    made = Trainer(given.model, x0, times=given.times, loss=given.loss, cond={"y": torch.arange(len(x0)) % CLASSES}, null=CLASSES,
+    made = Trainer(given.model, x0, time_sampler=given.times, loss=given.loss, cond={"y": torch.arange(len(x0)) % CLASSES}, null=CLASSES,
                    device=device, compile=compile and ON_GPU and whole, **options)  # fmt: skip
     if compile and ON_GPU and not whole:
         made.denoiser.denoiser.net.compile()
