@@ -101,7 +101,7 @@ def test_losses_and_gradients(name):
     got = []
     for d in (DEVICE, CPU):
         run = trainer(task(name, d), d)
-        x0, t, eps, cond = next(run.draw(0))
+        x0, t, eps, cond = next(run.batches(0))
         model = run.denoiser.eval()
         losses = run.loss(model, x0, t, eps, **cond)
         losses.mean().backward()

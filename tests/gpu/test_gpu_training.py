@@ -78,7 +78,7 @@ RESUMED = {"v": {}, "importance": {}, "vdm": {}, "consistency training": {}, "v,
 
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_stopped_training_goes_on_bit_for_bit(kind, deterministic, tmp_path):
-    name, options = kind.split(", ")[0], RESUMED[kind] | dict(steps=12, every=4)
+    name, options = kind.split(", ")[0], RESUMED[kind] | dict(steps=12, save_every=4)
 
     def run(stop=0, **more):
         hook = lambda run: signal.raise_signal(signal.SIGTERM) if run.step == stop else None
@@ -110,13 +110,13 @@ def test_memory_is_flat(options):
     def hook(run):
         seen[run.step] = in_use()
 
-    trainer(task("v"), hooks=[hook], steps=250, read=25, **MEMORY[options]).fit()
+    trainer(task("v"), hooks=[hook], steps=250, log_every=25, **MEMORY[options]).fit()
     grown = seen[250] - seen[50]
     assert grown < 200 * (512 if ON_GPU else 3000), f"{grown / 200:.0f} bytes a step stay behind"
 
 
 def test_training_learns():
-    run = trainer(task("v"), bf16=True, compile=True, steps=200, lr=lambda k: 3e-3, read=20)
+    run = trainer(task("v"), bf16=True, compile=True, steps=200, lr=lambda k: 3e-3, log_every=20)
     run.fit()
     first, *_, last = [loss for _, loss in run.losses]
     assert len(run.losses) == 10 and last < 0.8 * first
@@ -126,7 +126,7 @@ def test_hooks(tmp_path):
     given = task("eps")  # under a chain's schedule, which holds a table
     grids = Grids(tmp_path, fixed_draws(SHAPE, 4, classes=CLASSES, calls=3), every=5)
     speed, average = Speed(peak=1e15), PowerEMA(given.model)
-    run = trainer(given, hooks=[grids, JsonLines(tmp_path / "log"), speed, average], steps=10, read=5)
+    run = trainer(given, hooks=[grids, JsonLines(tmp_path / "log"), speed, average], steps=10, log_every=5)
     run.fit()
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["step-00000005.png", "step-00000010.png"]
     rows = read_rows(tmp_path / "log")
