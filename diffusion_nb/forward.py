@@ -11,14 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .schedules import Schedule
-from .util.checks import check_batch, like
+from .util.checks import check_batch, check_order, like
 
 # %% ../nbs/02_forward.ipynb #83c53082
 def transition(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor, "*b"]):
     "(alpha_ts, var_ts) of q(x_t | x_s) = N(alpha_ts x_s, var_ts I), any s < t, in float64. (VDM-3; DDPM-2 is s = t - 1/T)"
     s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (s, t))
-    if not (s < t).all():
-        raise ValueError(f"transition: expected s < t everywhere; got s = {s}, t = {t}")
+    check_order(s, t)
     alpha_s, sigma_s = schedule(s)
     alpha_t, sigma_t = schedule(t)
     change = 2 * ((alpha_t / alpha_s).log() - (sigma_t / sigma_s).log())  # λ_t - λ_s
@@ -46,7 +45,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .schedules import Schedule
-from .util.checks import check_batch, like
+from .util.checks import check_batch, check_order, like
 
 # %% ../nbs/03_posterior.ipynb #ddb59719
 class Step(NamedTuple):
@@ -67,10 +66,7 @@ class Step(NamedTuple):
 def posterior_steps(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor, "*b"]) -> Step:
     "The coefficients of q(x_s | x_t, x0) for any s < t in float64; a whole grid of times at once if need be. (VDM-4)"
     s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (s, t))
-    if not (s < t).all():
-        raise ValueError(
-            f"expected s < t in each step, time running from noise at 1 to data at 0; got s = {s}, t = {t}"
-        )
+    check_order(s, t)
     (alpha_s, sigma_s), (alpha_t, sigma_t) = schedule(s), schedule(t)
     shrink = (alpha_t / alpha_s) * (sigma_s / sigma_t)  # exp((λ_t - λ_s) / 2)
     fresh = -(2 * shrink.log()).expm1()  # 1 - exp(λ_t - λ_s)

@@ -89,7 +89,8 @@ class DDPMSchedule(Schedule):
     def coefficients(self, t):
         i = t * self.T
         step = i.long().clamp(max=self.T - 1)
-        now, after, w = self.log_abar.take(step), self.log_abar.take(step + 1), i - step
+        table = self.log_abar.to(t.device)
+        now, after, w = table.take(step), table.take(step + 1), i - step
         to_nothing = after.isinf()
         log_abar = torch.lerp(now, torch.where(to_nothing, now, after), w) + torch.log1p(
             -torch.where(to_nothing, w, 0)

@@ -150,23 +150,25 @@ class Levels(nn.Module):
     def __init__(self, grids: Callable[[int], Tensor], density: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
         self.grids, self.density = grids, density
-        self.rising = self.grid(0).flip(0).double()
+        self.given = None
+        self.look(0, torch.device("cpu"))
 
-    def grid(self, step: int) -> Float[Tensor, " n+1"]:
-        "The falling times of a training step."
+    def look(self, step: int, device: torch.device) -> None:
+        "Take over the grid of a training step where it is another, its levels rising and on the device, with the share of the steps up to each."
         ts = self.grids(step)
+        if ts is self.given and self.rising.device == device:
+            return
         if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() < 0).all():
             raise ValueError(
                 f"grids: expected times that fall from noise to data, such as edm_grid(schedule, 18, 0.02, 80); got {ts}"
             )
-        return ts
+        odds = torch.ones_like(ts[1:]) if self.density is None else self.density(ts.double())
+        self.given, self.rising = ts, ts.double().flip(0).to(device)
+        self.reached = (odds.double().flip(0).cumsum(0) / odds.sum()).to(device)
 
     def forward(self, u: Float[Tensor, " b"], step: int = 0) -> Float[Tensor, " b"]:
-        ts = self.grid(step).double()
-        self.rising = ts.flip(0).to(u.device)
-        odds = torch.ones_like(ts[1:]) if self.density is None else self.density(ts)
-        reached = (odds.flip(0).cumsum(0) / odds.sum()).to(u.device)
-        return self.rising[1:][torch.searchsorted(reached, u.double()).clamp(max=len(ts) - 2)]
+        self.look(step, u.device)
+        return self.rising[1:][torch.searchsorted(self.reached, u.double()).clamp(max=len(self.reached) - 1)]
 
     def below(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         "The next lower level of the grid that `forward` used last, float64."

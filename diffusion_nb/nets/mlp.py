@@ -25,5 +25,5 @@ class ScoreMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "b d"], time: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
         t = time[:, None].to(x.dtype) / 1000
-        angles = t * torch.tensor([math.pi, 2 * math.pi, 4 * math.pi], dtype=x.dtype, device=x.device)
+        angles = torch.cat([math.pi * t, 2 * math.pi * t, 4 * math.pi * t], dim=1)
         return self.body(torch.cat([x, t, angles.sin(), angles.cos()], dim=1))

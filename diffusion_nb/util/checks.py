@@ -29,6 +29,18 @@ def check_time(t: Tensor) -> None:
             )
 
 
+def check_order(s: Tensor, t: Tensor) -> None:
+    "Raise ValueError unless s < t in each step. (On a GPU nothing is checked: looking would stall it.)"
+    if (
+        (s.device.type, t.device.type) == ("cpu", "cpu")
+        and not torch.compiler.is_compiling()
+        and not (s < t).all()
+    ):
+        raise ValueError(
+            f"expected s < t everywhere, time running from noise at 1 to data at 0; got s = {s}, t = {t}"
+        )
+
+
 def check_labels(y: Tensor, classes: int) -> None:
     "Raise ValueError unless y holds integers from 0 to `classes`, the last of which means any. (Not checked on a GPU.)"
     if y.is_floating_point():
