@@ -3,7 +3,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help run test test-anywhere mutations gpu lab docs export lint artifacts clean
+.PHONY: help run test test-anywhere mutations mutants gpu lab docs export lint artifacts clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -21,6 +21,9 @@ test-anywhere: $(STAMP)  ## the notebooks as other processors run them (hours): 
 
 mutations: $(STAMP)  ## put bugs into a copy of the library, one at a time, and see that the tests notice; ARGS='posterior -j 4'
 	$(BIN)/python tests/mutations/run.py $(ARGS)
+
+mutants: $(STAMP)  ## change the library at random, 300 times, and see how often the tests notice; ARGS='samplers -n 100 --seed 1'
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations/auto.py $(ARGS)
 
 gpu:  ## check a GPU and time it, 8 minutes; with the PyTorch that PYTHON has, no .venv; results in OUT, else benchmarks/results/gpu
 	$(PYTHON) tools/gpu.py $(ARGS)
