@@ -36,6 +36,7 @@ from diffusion_nb.losses.consistency import (
     inverse_gap,
     perceptual,
     pseudo_huber,
+    squared,
 )
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
 from diffusion_nb.models.model import About, Model
@@ -271,8 +272,15 @@ def test_huber_c_of_the_paper():
     torch.testing.assert_close(pseudo_huber()(a, b).item(), math.sqrt(0.03**2 + c**2) - c)
 
 
+def test_distances_are_means_over_the_coordinates():
+    a, b = torch.tensor([[1.0, -2.0], [3.0, 3.0]]), torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    assert squared(a, b).tolist() == [2.5, 0.5] and absolute(a, b).tolist() == [1.5, 0.5]
+
+
 def test_perceptual_sees_shape_and_not_itself():
     torch.manual_seed(0)
+    judge = Judge(8)
+    assert judge.head.in_features == judge.features(torch.zeros(1, 1, 8, 8)).shape[1] == 16
     distance = perceptual(Judge(8).eval().requires_grad_(False))
     x = digits().x[:40]
     assert distance(x, x).abs().max() == 0
@@ -381,7 +389,9 @@ def test_the_number_of_the_step_survives_a_kill(tmp_path):
 def test_calls_noise_and_callbacks():
     f, seen, asked = network(), [], []
     f.register_forward_pre_hook(lambda m, args: asked.append(float(args[1])))
-    ts = noise_times(SCHEDULE, 80.0, 5.0, 1.0)
+    ts = noise_times(SCHEDULE, 80.0, 5.0, 0.3)
+    want = torch.tensor([80.0, 5.0, 0.3], dtype=F64)
+    torch.testing.assert_close(SCHEDULE(ts[:-1])[1], want, rtol=1e-12, atol=0)
     x = consistency_sample(f, 80 * NOISE(0), ts, noise=NOISE, callback=lambda i, x: seen.append((i, x)))
     assert asked == ts[:-1].tolist() and [i for i, _ in seen] == [0, 1, 2] and seen[-1][1].equal(x)
     y = f(80 * NOISE(0), ts[0])

@@ -225,6 +225,14 @@ def test_classifier():
     assert classifier.logits(torch.zeros(2, 1, 28, 28), HALF).shape == (2, 10)
 
 
+def test_what_the_classifier_makes_of_the_time():
+    torch.manual_seed(0)
+    c = NoisyClassifier(CosineSchedule(), 8)
+    first, second = c.embed[0], c.embed[2]
+    v = torch.randn(3, 8)
+    torch.testing.assert_close(c.embed(v), F.silu(second(F.silu(first(v)))))
+
+
 def test_classifier_learns():
     torch.manual_seed(0)
     data = digits()

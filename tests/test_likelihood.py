@@ -125,7 +125,7 @@ def test_weight_of_the_bound(f, var):
 def test_weights_of_the_picture_and_the_truncated_one(f):
     t = F([0.01, 0.3, 0.6, 1.0])
     alpha, sigma = f(t)
-    assert ones(f, t).tolist() == [1, 1, 1, 1]
+    assert ones(f, t).tolist() == [1, 1, 1, 1] and ones(f, t.float()).dtype == t.dtype
     ratio = alpha**2 / sigma**2
     assert ratio[0] > 1 > ratio[-1]
     close(truncated_snr(f, t), torch.where(ratio > 1, ratio, ones(f, t)), rtol=1e-12, atol=0)
@@ -497,7 +497,10 @@ def test_balls_counted_one_by_one(k):
 
 
 def test_inception_score():
-    assert inception_score(torch.zeros(9, 4)) == pytest.approx(1)
+    assert (
+        inception_score(torch.zeros(9, 4)) == pytest.approx(1)
+        and type(inception_score(torch.zeros(9, 4))) is float
+    )
     assert inception_score(100 * torch.eye(5).repeat(3, 1)) == pytest.approx(5)
     assert inception_score(100 * torch.eye(5)[[0, 0, 1, 1]]) == pytest.approx(2)
     p = F([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4], [0.3, 0.3, 0.4]])

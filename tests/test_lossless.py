@@ -43,6 +43,13 @@ def codec(schedule=None, **options) -> LosslessCodec:
 
 # the stack
 
+
+def test_a_stack_begins_with_as_many_bits_as_it_says():
+    for initial in (200, 1024):
+        first = codec(initial=initial).start().state
+        assert first.bit_length() == initial + 1 and bin(first).count("1") > initial / 3
+
+
 tables = st.lists(st.integers(1, 10**6), min_size=1, max_size=20).map(
     lambda widths: [0, *torch.tensor(widths).cumsum(0).tolist()]
 )

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from diffusion_nb.denoisers import Clip, NetDenoiser, Pred, predict_eps, predict_score, predict_v, predict_x0
-from diffusion_nb.forward import posterior_steps, q_posterior, transition
+from diffusion_nb.forward import posterior_steps, q_posterior, q_step, transition
 from diffusion_nb.grids import time_grid
-from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
+from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture, swiss_roll, two_moons
 from diffusion_nb.noise import GAMMA, Noise
 from diffusion_nb.samplers.heun import heun
 from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde
@@ -53,6 +53,22 @@ def F(x) -> torch.Tensor:
 
 def schedule(name):
     return {**VP, **VE}[name]
+
+
+@every
+def test_a_step_from_one_noise_to_more(name):
+    f, x, eps, s = schedule(name), POINTS, NOISE(1), torch.linspace(0.1, 0.5, 50, dtype=torch.float64)
+    (a, b), (c, d) = f(s), f(s + 0.3)  # alpha and sigma before and after
+    want = (c / a)[:, None] * x + (d**2 - (c / a * b) ** 2).sqrt()[:, None] * eps
+    torch.testing.assert_close(q_step(f, x, s, s + 0.3, eps), want)
+
+
+@every
+def test_times_may_be_python_numbers(name):
+    "None of which is rounded to float32 on the way."
+    for coefficients in (transition, posterior_steps):
+        got, want = coefficients(schedule(name), 0.3, 0.7), coefficients(schedule(name), F(0.3), F(0.7))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 # schedules
@@ -263,6 +279,14 @@ def test_exact_denoiser_has_the_score_of_the_noised_mixture():
     torch.testing.assert_close(best(POINTS, t).score, torch.autograd.grad(log_prob.sum(), x)[0])
 
 
+def test_covariance_of_what_the_picture_may_be_is_the_slope_of_the_guess():
+    t, best, y = F(0.4), GMMDenoiser(SOLID, VPSchedule()), torch.arange(50) % 4  # 3 means any
+    alpha, sigma = best.schedule(t)
+    for cond in ({}, {"y": y}):
+        slope = torch.func.jacrev(lambda x, cond=cond: best(x, t, **cond).x0.sum(0))(POINTS).transpose(0, 1)
+        torch.testing.assert_close(best.covariance(POINTS, t, **cond), sigma**2 / alpha * slope)
+
+
 def test_clip_holds_guesses_on_both_sides_and_passes_labels_on():
     best, t, y = GMMDenoiser(SOLID, VPSchedule()), F(0.1), torch.arange(50) % 4
     free = best(POINTS, t, y=y).x0
@@ -290,6 +314,26 @@ def test_the_sampler_passes_labels_on():
         for mixture, cond in ((SOLID, {"y": torch.ones(50).long()}), (alone, {}))
     )
     torch.testing.assert_close(got, want)
+
+
+def test_two_moons_are_half_circles():
+    x = two_moons(100, noise=0.0) + F([0.5, 0.25])
+    radii = torch.stack([x.norm(dim=1), (x - F([1, 0.5])).norm(dim=1)])
+    torch.testing.assert_close((radii - 1).abs().amin(0), torch.zeros(100).double())
+
+
+def test_a_swiss_roll_winds_out_evenly():
+    x = swiss_roll(100, noise=0.0)
+    r = x.norm(dim=1)  # a tenth of the angle
+    torch.testing.assert_close(x, r[:, None] * torch.stack([(10 * r).cos(), (10 * r).sin()], 1))
+    assert 1.5 * math.pi < 10 * r.min() and 10 * r.max() < 4.5 * math.pi
+
+
+@pytest.mark.parametrize("draw, noise", [(two_moons, 0.05), (swiss_roll, 0.5)])
+def test_points_are_those_of_their_seed(draw, noise):
+    assert (
+        draw(9).equal(draw(9, 0, noise)) and not draw(9).equal(draw(9, 1)) and not draw(9).equal(draw(9, 0, 0.0))
+    )
 
 
 # noise

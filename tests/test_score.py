@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffusion_nb.book.claims import monte_carlo
-from diffusion_nb.denoisers import AsVE, NetDenoiser
+from diffusion_nb.denoisers import AsVE, NetDenoiser, unit_input
 from diffusion_nb.grids import ladder, time_grid
 from diffusion_nb.losses.score import denoising_score_loss, explicit_score_loss, sliced_score_loss
 from diffusion_nb.losses.simple import denoising_loss
@@ -210,6 +210,11 @@ def test_as_ve(schedule):
     assert torch.allclose(each.x0, pred.x0) and torch.allclose(each.score, pred.score)
 
 
+def test_input_of_unit_variance():
+    got = unit_input(torch.tensor([3.0, 0.6]), torch.tensor([4.0, 0.8]))
+    assert torch.allclose(got, torch.tensor([0.2, 1.0]))
+
+
 def test_score_mlp_knows_the_time():
     net, x = ScoreMLP(3, 16), torch.randn(4, 3)
     out = net(x, torch.full((4,), 10.0))
@@ -229,6 +234,7 @@ DOWN = ladder(PLANE.schedule, 4, 3.0, 0.2)
         ("steps", lambda: langevin(PLANE, NOISE(0), T, 0, 0.1, noise=NOISE)),
         ("delta", lambda: langevin(PLANE, NOISE(0), T, 3, 0.0, noise=NOISE)),
         ("delta", lambda: langevin(PLANE, NOISE(0), T, 3, math.nan, noise=NOISE)),
+        ("delta", lambda: langevin(PLANE, NOISE(0), T, 3, math.inf, noise=NOISE)),
         ("x:", lambda: langevin(PLANE, NOISE(0) / 0, T, 3, 0.1, noise=NOISE)),
         ("t:", lambda: langevin(PLANE, NOISE(0), T + 1, 3, 0.1, noise=NOISE)),
         ("noise", lambda: langevin(PLANE, NOISE(0)[:2], T, 3, 0.1, noise=NOISE)),

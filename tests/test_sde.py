@@ -250,6 +250,14 @@ def test_one_step_written_out():
     same(seen[0], want)
 
 
+def test_a_walk_tells_its_steps():
+    best, noise, ts, seen = GMMDenoiser(MIXTURE, VPSchedule()), doubles(5), F(0.6, 0.5, 0.4), []
+    last = reverse_sde(best, noise(0), ts, noise=noise, callback=lambda *told: seen.append(told))
+    assert [i for i, *_ in seen] == [0, 1] and last.equal(seen[1][1])
+    same(seen[0][1], reverse_sde(best, noise(0), ts[:2], noise=noise))
+    same(seen[1][2].x0, best(seen[0][1], ts[1]).x0)
+
+
 def test_no_noise_into_time_0_and_the_denoiser_is_not_called_there():
     called = []
 

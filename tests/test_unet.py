@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion_nb.nets.unet import Attention, ResBlock
+from diffusion_nb.nets.unet import Attention, ResBlock, norm, time_embedding
 from diffusion_nb.noise import Noise
 
 X, EMB = Noise(range(2), (8, 4, 4))(0), Noise(range(2), (16,))(1)
@@ -36,3 +36,28 @@ def test_sums_are_divided_by_the_root_of_two():
     torch.testing.assert_close(block(rescale=True)(X, EMB), block()(X, EMB) / 2**0.5)
     torch.manual_seed(0)
     torch.testing.assert_close(Attention(8, 4, rescale=True)(X), X / 2**0.5)  # fresh: it adds nothing
+
+
+def test_attention_written_out():
+    torch.manual_seed(0)
+    attend = Attention(8, head_width=4)
+    nn.init.normal_(attend.out.weight)
+    pixels = F.group_norm(X, 2, attend.norm.weight, attend.norm.bias, eps=1e-6).flatten(2).transpose(1, 2)
+    heads = attend.qkv(pixels).reshape(2, 16, 3, 2, 4)  # sample, pixel, which of q k v, head, channel
+    weights = torch.einsum("nihc,njhc->nhij", heads[:, :, 0], heads[:, :, 1]).div(2).softmax(-1)
+    mixed = torch.einsum("nhij,njhc->nihc", weights, heads[:, :, 2]).reshape(2, 16, 8)
+    want = X + attend.out(mixed).transpose(1, 2).reshape(X.shape)
+    torch.testing.assert_close(attend(X), want)
+
+
+def test_groups_of_a_normalisation():
+    assert [norm(c).num_groups for c in (4, 8, 64, 128, 256)] == [1, 2, 16, 32, 32]
+    small = 1e-3 * X  # so small that what is added to the variance counts
+    torch.testing.assert_close(norm(8)(small), F.group_norm(small, 2, eps=1e-6), rtol=1e-6, atol=1e-7)
+
+
+def test_frequencies_of_a_time():
+    got = time_embedding(torch.tensor([2.0, 500.0]), 6)
+    angles = [[w * t for w in (1, 1e-2, 1e-4)] for t in (2, 500)]
+    want = torch.tensor(angles)
+    torch.testing.assert_close(got, torch.cat([want.sin(), want.cos()], 1))

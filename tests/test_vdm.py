@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffusion_nb.data import Pictures
 from diffusion_nb.denoisers import Denoiser, Joint, NetDenoiser, Pred, Warped, predict_x0
-from diffusion_nb.likelihood.continuous import vdm_bits
+from diffusion_nb.likelihood.continuous import VDMBits, vdm_bits
 from diffusion_nb.losses.bound import prior_kl, vlb_weight
 from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.losses.vdm import decoder_nll, vdm_loss, vdm_weight
@@ -204,6 +204,12 @@ def test_bits_of_a_known_error(steps):
     assert torch.allclose(bits.prior, prior_kl(line, x) / 64 / math.log(2)) and torch.equal(bits.total, sum(bits))
 
 
+def test_bits_in_words():
+    bits = VDMBits(*(torch.tensor(v, dtype=F64) for v in ([0.1, 0.3], [3.0, 5.0], [0.5, 1.5])))
+    assert str(bits) == "5.200 ± 3.200 bits/dim = prior 0.2000 + diffusion 4.000 + decoder 1.000"
+    assert "± inf" in str(VDMBits(*(v[:1] for v in bits)))
+
+
 def test_decoder_is_bayes_rule_with_equal_levels():
     line, levels = LinearGamma(-3.0, 5.0), torch.tensor([-1.0, 0.0, 1.0], dtype=F64)
     alpha, sigma = line(torch.zeros(()))
@@ -216,6 +222,12 @@ def test_decoder_is_bayes_rule_with_equal_levels():
 
 
 # networks
+
+
+def test_a_clock_that_starts_later():
+    assert torch.allclose(
+        From(0.2)(torch.tensor([0.0, 0.5, 1.0], dtype=F64)), torch.tensor([0.2, 0.6, 1.0], dtype=F64)
+    )
 
 
 def test_fourier_features_of_every_channel():
