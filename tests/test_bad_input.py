@@ -81,6 +81,19 @@ def test_times_at_the_ends_are_fine():
         CHAIN(T(t))
 
 
+@pytest.mark.parametrize("bound", [0.0, -1.0])
+def test_a_bound_on_the_log_snr_is_positive(bound):
+    with refused("bound: expected a positive log SNR", str(bound)):
+        CosineSchedule(bound)
+
+
+@pytest.mark.parametrize("kind", [VPSchedule, VESchedule, EDMSchedule])
+@pytest.mark.parametrize("ends", [(1.0, 1.0), (0.0, 1.0), (2.0, 1.0)])
+def test_noise_grows_with_time(kind, ends):
+    with refused("noise grows with time"):
+        kind(*ends)
+
+
 def test_the_message_names_the_worst_times():
     with refused("from -0.5 to 3"):
         CHAIN(T([0.1, 3.0, -0.5, 0.2]))

@@ -219,6 +219,10 @@ def test_score_mlp_knows_the_time():
     net, x = ScoreMLP(3, 16), torch.randn(4, 3)
     out = net(x, torch.full((4,), 10.0))
     assert out.shape == (4, 3) and not torch.allclose(out, net(x, torch.full((4,), 900.0)))
+    net.body = torch.nn.Identity()
+    s, c, d = (f(0.3 * math.pi) for f in (math.sin, math.cos, lambda a: math.sin(2 * a)))
+    want = torch.tensor([0.3, s, d, 2 * d * (c**2 - s**2), c, c**2 - s**2, 2 * (c**2 - s**2) ** 2 - 1])
+    torch.testing.assert_close(net(x, torch.full((4,), 300.0)), torch.cat([x, want.expand(4, 7)], 1))
 
 
 # bad input

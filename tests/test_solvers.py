@@ -12,7 +12,7 @@ from diffusion_nb.grids import edm_grid, time_at, time_grid
 from diffusion_nb.metrics.samples import energy_distance, typicality
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture, ring_mixture
 from diffusion_nb.noise import Noise
-from diffusion_nb.samplers.heun import heun
+from diffusion_nb.samplers.heun import churned, heun
 from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, ode_steps
 from diffusion_nb.schedules import (
     CosineSchedule,
@@ -257,6 +257,11 @@ def test_churn_only_in_its_range_and_not_above_the_schedule():
     torch.testing.assert_close(starts, wanted, rtol=1e-9, atol=0)
     x = heun(best, 80 * NOISE(0), ts, noise=NOISE, s_churn=4.0)
     assert best.times[19] == 1.0 and torch.isfinite(x).all()  # at the top there is nowhere to go
+
+
+def test_no_churn_leaves_the_times_as_they_are():
+    ts = edm_grid(EDMSchedule(), 10, 0.05, 80)
+    assert torch.equal(churned(EDMSchedule(), ts, 0.0, 0.0, math.inf), ts)
 
 
 def test_two_steps_of_2m_are_ddim_and_ddpm():

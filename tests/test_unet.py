@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion_nb.nets.unet import Attention, ResBlock, norm, time_embedding
+from diffusion_nb.nets.unet import Attention, Down, ResBlock, UNet, Up, norm, time_embedding
 from diffusion_nb.noise import Noise
 
 X, EMB = Noise(range(2), (8, 4, 4))(0), Noise(range(2), (16,))(1)
@@ -61,3 +61,12 @@ def test_frequencies_of_a_time():
     angles = [[w * t for w in (1, 1e-2, 1e-4)] for t in (2, 500)]
     want = torch.tensor(angles)
     torch.testing.assert_close(got, torch.cat([want.sin(), want.cos()], 1))
+
+
+@pytest.mark.parametrize("biggan, down, up", [(False, Down, Up), (True, nn.AvgPool2d, nn.Upsample)])
+def test_what_changes_the_size_of_pictures(biggan, down, up):
+    net = UNet(1, 8, (1, 2, 2), 1, (), biggan=biggan)
+    for layers, kind in ((net.down, down), (net.up, up)):
+        alone = [getattr(m, "resize", m) for m in layers if not isinstance(m, nn.ModuleList)]
+        assert len(alone) == 2 and all(isinstance(m, kind) for m in alone)
+    assert net(torch.zeros(2, 1, 8, 8), torch.zeros(2)).shape == (2, 1, 8, 8)

@@ -30,6 +30,7 @@ from diffusion_nb.schedules import (
     VESchedule,
     VPSchedule,
     Warp,
+    WarpedSchedule,
     gamma_rate,
     linear_betas,
 )
@@ -222,6 +223,19 @@ def test_decoder_is_bayes_rule_with_equal_levels():
 
 
 # networks
+
+
+def test_a_monotone_network_written_out():
+    net, t = scrambled(MonotoneNet(3), 0), torch.linspace(0, 1, 5, dtype=F64)
+    w1, w2, w3 = (torch.nn.functional.softplus(w) for w in (net.w1, net.w2, net.w3))
+    line = w1 * t + net.b1
+    steps = sum(w3[k] / (1 + (-w2[k] * line - net.b2[k]).exp()) for k in range(3)) / 3
+    assert torch.allclose(net(t), line + steps)
+
+
+def test_a_warped_schedule_takes_python_numbers():
+    line, warp = VPSchedule(), From(0.2)
+    assert WarpedSchedule(line, warp).logsnr(0.3) == line.logsnr(torch.tensor(0.44, dtype=F64))
 
 
 def test_a_clock_that_starts_later():
