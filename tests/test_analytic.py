@@ -71,6 +71,7 @@ def test_spread_is_the_formula_where_the_bounds_allow_it(gamma, ratio, half):
 @pytest.mark.parametrize("gamma", [-0.5, 0.3, 1.2])
 def test_the_range_of_the_data_counts_by_half_its_width(gamma):
     assert moments(gamma, 1e9).spread(0, 3).item() in (0.0, pytest.approx(2.25))
+    assert moments(gamma, 1e9).spread().item() in (0.0, 1.0)  # pictures are in [-1, 1]
 
 
 @every

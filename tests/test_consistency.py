@@ -104,6 +104,7 @@ def test_sampling_is_theirs(steps, monkeypatch):
     sigmas[-1] = 0.002  # which they round to float32
     theirs.sigmas = sigmas
     end = noise_times(SCHEDULE, 0.002)[0].item()
+    assert type(network().smallest) is float
     f = network(end=end, sigma_data=0.5)
     ts = torch.cat([noise_times(SCHEDULE, *sigmas[:-1].tolist())[:-1], torch.tensor([end], dtype=F64)])
     got = consistency_sample(f, 79 * NOISE(0), ts, noise=NOISE)

@@ -290,6 +290,7 @@ def test_slerp():
         "opposite": lambda: slerp(NOISE(0), -2 * NOISE(0), 0.5),
         "got n = 1": lambda: logsnr_grid(SCHEDULES["linear"], 1),
         "near = 0": lambda: logsnr_grid(SCHEDULES["linear"], 5, near=0),
+        "near = 0.5": lambda: logsnr_grid(SCHEDULES["linear"], 5, near=0.5, start=0.5),
     }.items(),
 )  # fmt: skip
 def test_bad_input(match, call):

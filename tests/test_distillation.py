@@ -289,12 +289,12 @@ def test_guided_loss_is_nought_for_cfg_and_only_for_its_w():
 
 def test_any_weight_draws_w_anew_for_each_sample():
     seen = []
-    loss = any_weight(lambda denoiser, x0, t, eps, w, y: seen.append((w, y)), most=3.0)
+    loss = any_weight(lambda denoiser, x0, t, eps, w, y: seen.append((w, y, t, eps)), most=3.0)
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        loss(None, torch.zeros(2000, 1), None, None, y="kept")
-    (a, y), (b, _), (c, _) = seen
-    assert y == "kept" and a.equal(b) and not a.equal(c)
+        loss(None, torch.zeros(2000, 1), "t", "eps", y="kept")
+    (a, *kept), (b, *_), (c, *_) = seen
+    assert kept == ["kept", "t", "eps"] and a.equal(b) and not a.equal(c)
     assert a.shape == (2000,) and len(a.unique()) > 1900 and a.min() >= 0 and a.max() <= 3
     assert abs(a.mean() - 1.5) < 5 * 3 / 12**0.5 / 2000**0.5
 

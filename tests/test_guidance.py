@@ -150,6 +150,10 @@ def test_one_call_with_everything_doubled():
     assert pred.aux[:, 0].tolist() == [-1, -2, -3, -4]  # that of the half that was told y
 
 
+def test_guidance_adds_nothing_to_what_is_saved():
+    assert not CFG(Echo(), 2.0, 10).state_dict()
+
+
 def test_one_time_a_sample_is_doubled_too():
     echo, t = Echo(), torch.linspace(0.1, 0.9, 4, dtype=F64)
     pred = CFG(echo, lambda t: t, 10)(torch.zeros(4, 3, dtype=F64), t, y=torch.ones(4, dtype=torch.long))

@@ -470,6 +470,7 @@ def test_density_and_coverage_on_a_line():
     real, fake = line(0.0, 1.0, 3.0, 10.0), line(0.5, 0.6)
     # k = 1: both lie in the balls of 0 and 1, none in those of 3 (1 to 5) and 10 (3 to 17)
     assert density_coverage(real, fake, 1) == (2.0, 0.5)
+    assert all(type(v) is float for v in (*density_coverage(real, fake, 1), *precision_recall(real, fake, 1)))
     # k = 2: radii 3, 2, 3, 9; balls of 0, 1, 3 (0 to 6)
     assert density_coverage(real, fake, 2) == (1.5, 0.75)
 
@@ -516,6 +517,7 @@ def test_cards_come_back(tmp_path):
     ]
     save_cards(cards, tmp_path / "new" / "cards.json")
     assert load_cards(tmp_path / "new" / "cards.json") == cards
+    assert '"π"' in (tmp_path / "new" / "cards.json").read_text(encoding="utf-8")
     assert str(cards[0]) == "FID 12.5 (n = 100, against 1,797 digits, resize none, by judge 0af3)"
     assert str(cards[1]) == "π 0.3333 ± 0.25 (n = 7, against none, resize bilinear, by –, seed 5)"
 

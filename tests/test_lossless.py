@@ -89,7 +89,9 @@ def test_every_bin_of_a_normal_table_has_a_place(mean, std, n, step, low):
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.3), (0.9, 0.05), (-2.0, 0.5), (0.3, 20.0)])
 def test_normal_tables_are_the_discretised_decoder(mean, std):
     grid = Grid(-1 - 1 / 16, 1 / 8, 17)
-    got = torch.tensor(list(NormalTable(grid, mean, std))).diff() / WHOLE
+    table = NormalTable(grid, mean, std)
+    assert len(table) == len(list(table)) == 18
+    got = torch.tensor(list(table)).diff() / WHOLE
     want = discretised_log_prob(grid.centre(torch.arange(17)), torch.tensor(mean), torch.tensor(std), 17).exp()
     torch.testing.assert_close(got, want.float(), rtol=0, atol=1e-6)
 

@@ -35,6 +35,7 @@ def test_nearest_distance():
 
 def test_energy_distance():
     x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [3.0]])
+    assert type(energy_distance(x, y)) is float
     assert energy_distance(x, y) == 2 * (
         2 * 1.5 - 1 - 3
     )  # across 0 3 1 2, within 1 and 3; a point with itself is no pair

@@ -295,6 +295,18 @@ def test_clip_holds_guesses_on_both_sides_and_passes_labels_on():
     assert torch.equal(held, free.clamp(-0.5, 0.5))
 
 
+def test_rows_where_variance_is_not_preserved():
+    alpha, sigma = F(3.0), F(4.0)
+    rows = {
+        predict_x0: (0, 1),
+        predict_eps: (1 / 3, -4 / 3),
+        predict_v: (3 / 25, -4 / 25),
+        predict_score: (1 / 3, 16 / 3),
+    }
+    for predict, row in rows.items():
+        torch.testing.assert_close(torch.stack(predict(alpha, sigma)), F(row).double())
+
+
 def test_network_sees_its_input_scaled():
     scaled = NetDenoiser(lambda x, time: x, EDMSchedule(), predict_x0, c_in=lambda alpha, sigma: 1 / sigma)
     torch.testing.assert_close(scaled(POINTS, F(0.5)).x0, POINTS / scaled.schedule(F(0.5))[1])

@@ -205,6 +205,12 @@ def test_bits_of_a_known_error(steps):
     assert torch.allclose(bits.prior, prior_kl(line, x) / 64 / math.log(2)) and torch.equal(bits.total, sum(bits))
 
 
+def test_bits_are_counted_in_float64():
+    line, x = LinearGamma(-7.0, 5.0), pictures(5).x
+    a, b = (vdm_bits(Knows(line, y, 0.3), y, 17, times=1).decoder for y in (x, x.double()))
+    assert a.dtype == F64 and a.equal(b)
+
+
 def test_bits_in_words():
     bits = VDMBits(*(torch.tensor(v, dtype=F64) for v in ([0.1, 0.3], [3.0, 5.0], [0.5, 1.5])))
     assert str(bits) == "5.200 ± 3.200 bits/dim = prior 0.2000 + diffusion 4.000 + decoder 1.000"
@@ -326,6 +332,7 @@ class Plain(torch.nn.Module):
 @pytest.mark.parametrize("bad, says", [
     (lambda: LinearGamma(5.0, -5.0), "first < last, -log SNR at the data and at the noise; got 5.0 and -5.0"),
     (lambda: LinearGamma(-math.inf, 5.0), "got -inf"),
+    (lambda: LinearGamma(5.0, 5.0), "expected first < last"),
     (lambda: MonotoneNet(0), "width: expected one soft step or more; got 0"),
     (lambda: Joint(NetDenoiser(Plain(), CosineSchedule(), predict_x0))(torch.zeros(2, 1, 4, 4), torch.tensor(0.5)), "channels_out=2 * C"),
     (lambda: vdm_loss(17)(GMMDenoiser(random_mixture(2), CosineSchedule()), torch.zeros(2, 2), torch.tensor([0.5, 0.6]), torch.zeros(2, 2)),

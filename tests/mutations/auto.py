@@ -40,7 +40,7 @@ PARTS = ("diffusion_nb", "nbs", "tests", "tools", "benchmarks", "conftest.py", "
 LEFT_OUT = ("auto_mutants", "benchmarks", "book", "docs", "face", "ledger", "mutations", "printed", "resume")
 HEAVY = ("torch", "torchvision.datasets", "torchdiffeq", "sklearn.datasets", "sklearn.model_selection", "diffusers", "einops",
          "jaxtyping", "scipy.stats", "sympy", "hypothesis", "nbval.plugin", "matplotlib.pyplot", "tqdm.auto", "coverage")  # fmt: skip
-MAP = ROOT / "build/reached.json"
+MAPS = ROOT / "build/reached"
 GOAL = 0.9  # the share that must be noticed
 ENOUGH = 60  # seconds of tests for one change
 PATIENCE = 60  # seconds to wait beyond three times what the tests took
@@ -331,7 +331,7 @@ def first_failure(root: Path, wanted: list[str]) -> str | None:
 
 
 def reached(root: Path, file: str) -> dict:
-    """Of the tests of a file that pass: `seconds` (test ↦ how long), and `lines` (file of the library ↦ line ↦ tests).
+    """Of the tests of a file that pass: `seconds` (test ↦ how long), and `lines` (file of the library ↦ line ↦ their numbers).
 
     Lines that are reached while the file is imported are reached by all of them.
     """
@@ -342,10 +342,13 @@ def reached(root: Path, file: str) -> dict:
     run_tests(root, [file], plugin := Watched(cov))
     cov.stop()
     good, data, at = {t: s for t, s in plugin.seconds.items() if t not in plugin.bad}, cov.get_data(), {}
+    number = {t: i for i, t in enumerate(good)}
     for path in map(str, modules(root)):
         tests = {line: {t for c in contexts for t in (good if c == file else {c} & good.keys())}
                  for line, contexts in data.contexts_by_lineno(path).items()}  # fmt: skip
-        at[Path(path).relative_to(root).as_posix()] = {k: sorted(v) for k, v in tests.items() if v}
+        at[Path(path).relative_to(root).as_posix()] = {
+            k: sorted(number[t] for t in v) for k, v in tests.items() if v
+        }
     return {"seconds": good, "lines": at}
 
 
@@ -378,11 +381,12 @@ def put(file: str, text: bytes) -> None:
     os.utime(HERE / file, times=(now := next(WRITES), now))
 
 
-def reached_here(file: str) -> dict:
+def see(file: str, place: Path) -> None:
+    "Write down what the tests of a file reach."
     got = forked(lambda: reached(HERE, file), 1200)
     if not got:
         raise RuntimeError(f"{file} does not run to its end:\n{(HERE / 'log').read_text()[-3000:]}")
-    return got[0]
+    place.write_text(json.dumps(got[0]))
 
 
 def noticed_here(m: Mutant, tests: list[str], seconds: float) -> tuple[str | None, float]:
@@ -415,22 +419,22 @@ def key(file: str) -> str:
 
 def reached_by_tests(pool: ProcessPoolExecutor) -> list[dict]:
     "What `reached` says of each file of tests, kept for as long as neither it nor the library changes."
-    old = json.loads(MAP.read_text()) if MAP.exists() else {}
-    keys = {file: key(file) for file in files_of_tests()}
-    fresh = {file: pool.submit(reached_here, file) for file, k in keys.items() if k not in old}
-    now = {k: old.get(k) or fresh[file].result() for file, k in keys.items()}
-    MAP.parent.mkdir(exist_ok=True)
-    MAP.write_text(json.dumps(now))
-    return list(json.loads(MAP.read_text()).values())
+    MAPS.mkdir(parents=True, exist_ok=True)
+    places = {file: MAPS / f"{key(file)}.json" for file in files_of_tests()}
+    for stale in set(MAPS.iterdir()) - set(places.values()):
+        stale.unlink()
+    for job in [pool.submit(see, file, place) for file, place in places.items() if not place.exists()]:
+        job.result()
+    return [json.loads(place.read_text()) for place in places.values()]
 
 
 def reaching(m: Mutant, seen: list[dict]) -> dict[str, float]:
     "The tests that reach a change, cheapest first, as many as are enough, with their seconds."
     found = {}
     for part in seen:
-        at = part["lines"].get(m.file, {})
-        names = {name for line in range(m.first, m.last + 1) for name in at.get(str(line), ())}
-        found |= {name: part["seconds"][name] for name in names}
+        names, at = list(part["seconds"]), part["lines"].get(m.file, {})
+        reach = {names[i] for line in range(m.first, m.last + 1) for i in at.get(str(line), ())}
+        found |= {name: part["seconds"][name] for name in reach}
     order = sorted(found, key=lambda name: (found[name], name))
     so_far = accumulate(found[name] for name in order)
     return {name: found[name] for name, s in zip(order, so_far, strict=True) if s < ENOUGH or name == order[0]}
