@@ -76,6 +76,12 @@ def stop_grid(n, smallest=0.02, largest=10.0):
     return edm_grid(SCHEDULE, n + 1, smallest, largest)[:-1]
 
 
+def test_times_of_given_noise():
+    ts = noise_times(SCHEDULE, 80.0, 5.0, 0.3)
+    assert ts[-1] == 0
+    torch.testing.assert_close(SCHEDULE(ts[:-1])[1], torch.tensor([80.0, 5.0, 0.3], dtype=F64), rtol=1e-12, atol=0)
+
+
 # diffusers
 
 
@@ -390,9 +396,7 @@ def test_the_number_of_the_step_survives_a_kill(tmp_path):
 def test_calls_noise_and_callbacks():
     f, seen, asked = network(), [], []
     f.register_forward_pre_hook(lambda m, args: asked.append(float(args[1])))
-    ts = noise_times(SCHEDULE, 80.0, 5.0, 0.3)
-    want = torch.tensor([80.0, 5.0, 0.3], dtype=F64)
-    torch.testing.assert_close(SCHEDULE(ts[:-1])[1], want, rtol=1e-12, atol=0)
+    ts = noise_times(SCHEDULE, 80.0, 5.0, 1.0)
     x = consistency_sample(f, 80 * NOISE(0), ts, noise=NOISE, callback=lambda i, x: seen.append((i, x)))
     assert asked == ts[:-1].tolist() and [i for i, _ in seen] == [0, 1, 2] and seen[-1][1].equal(x)
     y = f(80 * NOISE(0), ts[0])

@@ -331,7 +331,7 @@ def first_failure(root: Path, wanted: list[str]) -> str | None:
 
 
 def reached(root: Path, file: str) -> dict:
-    """Of the tests of a file that pass: `seconds` (test ↦ how long), and `lines` (file of the library ↦ line ↦ their numbers).
+    """Of the tests of a file that pass (`left` did not): `seconds` (test ↦ how long), and `lines` (file of the library ↦ line ↦ their numbers).
 
     Lines that are reached while the file is imported are reached by all of them.
     """
@@ -349,7 +349,7 @@ def reached(root: Path, file: str) -> dict:
         at[Path(path).relative_to(root).as_posix()] = {
             k: sorted(number[t] for t in v) for k, v in tests.items() if v
         }
-    return {"seconds": good, "lines": at}
+    return {"seconds": good, "lines": at, "left": len(plugin.bad)}
 
 
 def forked(work: Callable, seconds: float) -> tuple:
@@ -477,7 +477,8 @@ def trial(mutants: list[Mutant], jobs: int) -> tuple[dict[Mutant, str | None], s
     gc.freeze()  # what is there is neither looked through nor copied in each child
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(jobs, FORK, settle, (folder,)) as pool:
         start, seen = time.perf_counter(), reached_by_tests(pool)
-        print(f"{sum(len(part['seconds']) for part in seen)} tests pass; what they reach was seen in {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+        good, left = (sum(n) for n in zip(*((len(part["seconds"]), part["left"]) for part in seen), strict=True))
+        print(f"{good} tests pass, {left} cannot here; what they reach was seen in {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
         by = tried([m for m in mutants if reaching(m, seen)], seen, pool)
         credited = sorted({name for name in by.values() if name and "::" in name})
         return by, pool.submit(failed_here, credited).result() if credited else None
