@@ -20,6 +20,7 @@ from diffusion_nb.samplers.sde import (
     ratio_steps,
     reverse_sde,
     sigma_steps,
+    solve,
     velocity,
 )
 from diffusion_nb.schedules import (
@@ -133,6 +134,13 @@ def test_flow_of_a_gaussian_in_closed_form(schedule):
     same(end, gaussian_flow(schedule, start, 1.0, 1e-3), 1e-6)
     same(seen[0], gaussian_flow(schedule, start, 1.0, 0.3), 1e-6)
     assert seen[1].equal(end) and len(seen) == 2
+
+
+def test_the_solver_steps_on_each_time():
+    seen, ts = [], F(0.9, 0.61, 0.37, 0.2)
+    states = solve(lambda t, x: seen.append(t.item()) or -x, F(1.0), ts, 1e-3, 1e-3)
+    assert (F(*seen)[:, None] - ts).abs().amin(0).max() < 1e-9 and min(seen) >= 0.2
+    same(states[:, 0], (0.9 - ts).exp(), tol=1e-2)
 
 
 def test_flow_of_a_chain_and_of_float32():

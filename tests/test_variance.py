@@ -142,6 +142,8 @@ def test_hybrid_loss_is_the_sum_and_its_guess_hears_only_the_first():
     )
     assert hybrid[:2].equal(simple[:2])
     assert simple[2] == 0 != hybrid[2]
+    usual, thousandth = (hybrid_loss(T, 17, *w)(denoiser, x0, t, eps) for w in ((), (0.001,)))
+    assert usual.equal(thousandth)
 
 
 def test_fixed_steps_are_what_bits_per_dim_counts():

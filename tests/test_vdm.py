@@ -242,6 +242,8 @@ def test_a_monotone_network_written_out():
 def test_a_warped_schedule_takes_python_numbers():
     line, warp = VPSchedule(), From(0.2)
     assert WarpedSchedule(line, warp).logsnr(0.3) == line.logsnr(torch.tensor(0.44, dtype=F64))
+    straight = LinearGamma(-7.0, 5.0)
+    assert straight.logsnr(0.3) == straight.logsnr(torch.tensor(0.3, dtype=F64))
 
 
 def test_a_clock_that_starts_later():
