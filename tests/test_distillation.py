@@ -249,6 +249,17 @@ def test_the_recipes_at_toy_size(name, channels, size, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["student-2.safetensors", "teacher.safetensors"]
 
 
+def test_students_of_another_teacher_are_not_taken_for_those_of_this_one(tmp_path):
+    options = OPTIONS | dict(folder=tmp_path)
+    one, other = network(), network()
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.01)
+    distill(one, PICTURES, 4, 2, **options)
+    with pytest.raises(ValueError, match="is of another run .*loss"):
+        distill(other, PICTURES, 4, 2, **options)
+    distill(one, PICTURES, 4, 2, **options)  # goes on, and has nothing to do
+
+
 # a guided teacher
 
 

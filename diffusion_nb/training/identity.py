@@ -4,29 +4,38 @@ import hashlib
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_nb.denoisers import Denoiser
+from diffusion_nb.util.storage import checksum
 
 ROWS = 4096  # of the data that are looked at
 
 
 def name_of(f) -> str:
-    "What a function, a partial or an object is called, with the numbers it was made with: `denoising_loss(weight=snr)`."
+    "What a function, a partial or an object is called, with the numbers and the frozen networks it was made with: `denoising_loss(weight=snr)`."
     if isinstance(f, partial):
         given = [name_of(v) for v in f.args] + [f"{k}={name_of(v)}" for k, v in f.keywords.items()]
         return f"{name_of(f.func)}({', '.join(given)})"
     if f is None or isinstance(f, bool | int | float | str):
         return repr(f)
+    if isinstance(f, nn.Module):
+        return type(f).__qualname__ + frozen_hash(f)
     if not hasattr(f, "__qualname__"):
         return type(f).__qualname__
     cells = zip(
         getattr(f, "__code__", name_of.__code__).co_freevars, getattr(f, "__closure__", None) or (), strict=True
     )
-    inside = [
-        f"{k}={c.cell_contents!r}" for k, c in cells if isinstance(c.cell_contents, bool | int | float | str)
-    ]
+    told = bool, int, float, str, nn.Module
+    inside = [f"{k}={name_of(c.cell_contents)}" for k, c in cells if isinstance(c.cell_contents, told)]
     return f.__qualname__ + (f"({', '.join(inside)})" if inside else "")
+
+
+def frozen_hash(module: nn.Module) -> str:
+    "A hash of the weights of a module that is not trained, such as a teacher; nothing for others."
+    weights = dict(module.named_parameters())
+    frozen = weights and not any(p.requires_grad for p in weights.values())
+    return f" {checksum(weights, {})[:12]}" if frozen else ""
 
 
 def data_hash(n: int, x0: Tensor, cond: dict[str, Tensor]) -> str:

@@ -81,7 +81,10 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         "Weights, averages, moments, and the buffers of `memory`, by name."
         adam = get_optimizer_state_dict(self.denoiser, self.optimizer, options=options())["state"]
-        parts = {"net": own_tensors(self.denoiser), "average": own_tensors(self.average)} | self.memory_tensors()
+        parts = {
+            "net": whole_tensors(self.denoiser),
+            "average": whole_tensors(self.average),
+        } | self.memory_tensors()
         parts |= {m: {name: v[m] for name, v in adam.items()} for m in ADAM}
         return {f"{part}.{name}": v.detach() for part, values in parts.items() for name, v in values.items()}
 
@@ -113,7 +116,7 @@ def options() -> StateDictOptions:
     return StateDictOptions(full_state_dict=dist.is_initialized(), strict=False)
 
 
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
     "The whole parameters and persistent buffers of a module, each once."
     names = {name for values in (module.named_parameters(), module.named_buffers()) for name, _ in values}
     return {name: v for name, v in get_model_state_dict(module, options=options()).items() if name in names}

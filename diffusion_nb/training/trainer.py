@@ -78,7 +78,7 @@ class Trainer:
         null = null if isinstance(null, dict) else {} if null is None else {"y": null}
         self.batches = Batches(x0, denoiser, batch=batch, cond=cond or {}, null=null, cond_dropout=cond_dropout, apart=apart, time_sampler=time_sampler,
                                augment=augment, seed=seed, device=self.device, rank=self.rank, world=self.world, accumulate=accumulate, workers=workers)  # fmt: skip
-        self.network, self.step, self.losses = network_hash(denoiser), 0, []
+        self.names, self.step, self.losses = dict(network=network_hash(denoiser), loss=name_of(loss)), 0, []
         self.state = State(denoiser, lambda *a, **kw: self.loss(*a, **kw), lr=lr(0), betas=betas, memory=with_memory(time_sampler, hooks),
                            device=self.device, compile=compile, shard=shard, skip=skip)  # fmt: skip
         self.denoiser, self.average = self.state.denoiser, self.state.average
@@ -171,8 +171,8 @@ class Trainer:
 
     def identity(self) -> dict:
         "What makes this run another than others. More steps are the same run, gone on with."
-        return dict(seed=self.seed, network=self.network, loss=name_of(self.loss), lr=self.lr(0), ema=self.ema, clip=self.clip,
-                    betas=list(self.betas)) | self.batches.identity()  # fmt: skip
+        own = dict(seed=self.seed, lr=self.lr(0), ema=self.ema, clip=self.clip, betas=list(self.betas))
+        return own | self.names | self.batches.identity()
 
     def save(self) -> None:
         "Write the checkpoint, whole or not at all. Raises OSError where it cannot be written: those before are as they were."
