@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .util.storage import downloads
 
-# %% ../nbs/01_data.ipynb #f364ce2b
+# %% ../nbs/01_data.ipynb #5f358925
 class Pictures(NamedTuple):
     "A data set in memory: pictures (n, c, h, w) in [-1, 1] and labels (n,), for training and held out."
 
@@ -30,7 +30,7 @@ class Pictures(NamedTuple):
     x_test: Float[Tensor, "m c h w"]
     y_test: Int[Tensor, " m"]
 
-
+# %% ../nbs/01_data.ipynb #f364ce2b
 def digits() -> Pictures:
     "The 8×8 digits of scikit-learn: 1,497 to train on, 300 held out (30 or so of each, the same ones always)."
     from sklearn.datasets import load_digits
@@ -42,7 +42,7 @@ def digits() -> Pictures:
     train, test = train_test_split(np.arange(len(y)), test_size=300, stratify=raw.target, random_state=0)
     return Pictures(x[train], y[train], x[test], y[test])
 
-# %% ../nbs/01_data.ipynb #e59060cc
+# %% ../nbs/01_data.ipynb #aa5c0e2f
 def _torchvision_files(name: str) -> list[tuple[Path, str]]:
     "The files that torchvision keeps for a data set, with their MD5 sums."
     from torchvision import datasets
@@ -52,12 +52,12 @@ def _torchvision_files(name: str) -> list[tuple[Path, str]]:
         return [(root / name / "raw" / file, md5) for file, md5 in cls.resources]
     return [(root / cls.base_folder / file, md5) for file, md5 in cls.train_list + cls.test_list]
 
-
+# %% ../nbs/01_data.ipynb #46fa6548
 def _unsound(files: list[tuple[Path, str]]) -> list[Path]:
     "Those files that are missing or whose checksum is wrong."
     return [p for p, md5 in files if not p.exists() or hashlib.md5(p.read_bytes()).hexdigest() != md5]
 
-
+# %% ../nbs/01_data.ipynb #91b660a0
 def _fetch(name: str) -> list[Path]:
     "Download what is missing or damaged; returns the verified files. Raises ConnectionError saying what to do offline."
     from torchvision import datasets
@@ -83,7 +83,7 @@ def _fetch(name: str) -> list[Path]:
             raise ConnectionError(f"{name}: {', '.join(p.name for p in unsound)} came damaged; try again")
     return [p for p, _ in files]
 
-
+# %% ../nbs/01_data.ipynb #b19f3af8
 def _idx(name: str) -> Pictures:
     "MNIST and its kin, read from the verified .gz files."
     images, labels, images_test, labels_test = (gzip.decompress(p.read_bytes()) for p in _fetch(name))
@@ -96,17 +96,17 @@ def _idx(name: str) -> Pictures:
 
     return Pictures(pictures(images), numbers(labels), pictures(images_test), numbers(labels_test))
 
-
+# %% ../nbs/01_data.ipynb #8a3e1c2c
 def mnist() -> Pictures:
     "MNIST, 28×28: 60,000 + 10,000 handwritten digits. Downloads 12 MB the first time."
     return _idx("MNIST")
 
-
+# %% ../nbs/01_data.ipynb #18864028
 def fashion_mnist() -> Pictures:
     "Fashion-MNIST, 28×28: 60,000 + 10,000 pieces of clothing. Downloads 31 MB the first time."
     return _idx("FashionMNIST")
 
-
+# %% ../nbs/01_data.ipynb #e59060cc
 def cifar10() -> Pictures:
     "CIFAR-10, 3×32×32: 50,000 + 10,000 photographs of ten kinds of thing. Downloads 170 MB the first time."
     from torchvision.datasets import CIFAR10

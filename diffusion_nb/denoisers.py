@@ -41,28 +41,28 @@ class Pred(NamedTuple):
     def score(self) -> Float[Tensor, "b *d"]:
         return -self.eps / self.sigma
 
-# %% ../nbs/04_denoiser.ipynb #ec52a7f1
+# %% ../nbs/04_denoiser.ipynb #65c6be0e
 def predict_x0(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     "(c_skip, c_out) for a network that predicts the picture."
     return torch.zeros_like(alpha), torch.ones_like(alpha)
 
-
+# %% ../nbs/04_denoiser.ipynb #0d84e177
 def predict_eps(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     "(c_skip, c_out) for a network that predicts the noise; not where alpha = 0. (DDPM-9/10, DDPM-15, VDM-5)"
     return 1 / alpha, -sigma / alpha
 
-
+# %% ../nbs/04_denoiser.ipynb #b021be88
 def predict_v(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     "(c_skip, c_out) for a network that predicts the velocity, alpha eps - sigma x0. (VDM-v)"
     total = alpha**2 + sigma**2
     return alpha / total, -sigma / total
 
-
+# %% ../nbs/04_denoiser.ipynb #ec52a7f1
 def predict_score(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     "(c_skip, c_out) for a network that predicts the score, -eps / sigma; not where alpha = 0."
     return 1 / alpha, sigma**2 / alpha
 
-# %% ../nbs/04_denoiser.ipynb #b34b2ee0
+# %% ../nbs/04_denoiser.ipynb #fe968b82
 class Denoiser(nn.Module):
     "(x_t, t, **cond) ↦ Pred, for one `schedule`. t: one time for all samples, or one for each, above 0."
 
@@ -71,7 +71,7 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Float[Tensor, "b *d"], t: Float[Tensor, "*b"], **cond) -> Pred:
         raise NotImplementedError
 
-
+# %% ../nbs/04_denoiser.ipynb #476dcf53
 def check_cond(denoiser: nn.Module, n: int, cond: dict[str, Tensor]) -> None:
     """Raise ValueError unless there are n rows of each condition, and all labels `y` are known to the networks within.
 
@@ -87,12 +87,12 @@ def check_cond(denoiser: nn.Module, n: int, cond: dict[str, Tensor]) -> None:
         for inner in filter(None, (getattr(denoiser, name, None) for name in ("denoiser", "net"))):
             check_cond(inner, n, {"y": cond["y"]})
 
-
+# %% ../nbs/04_denoiser.ipynb #07874527
 def thousandths(t: Tensor) -> Tensor:
     "The time as networks like it, 0 to 1000."
     return 1000 * t
 
-
+# %% ../nbs/04_denoiser.ipynb #1a6ac39a
 class NetDenoiser(Denoiser):
     """x0 = c_skip x_t + c_out net(x_t, c_noise, **cond).
 
@@ -123,7 +123,7 @@ class NetDenoiser(Denoiser):
             raise ValueError(f"the network returned {tuple(out.shape)} for pictures {tuple(x_t.shape)}: expected as many channels, or twice as many")  # fmt: skip
         return Pred(x_t, alpha, sigma, torch.addcmul(c_skip * x_t, c_out, first), *aux)
 
-
+# %% ../nbs/04_denoiser.ipynb #b34b2ee0
 class Clip(Denoiser):
     "The guesses of `denoiser`, held within [low, high]: static thresholding."
 

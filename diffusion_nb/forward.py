@@ -13,7 +13,7 @@ from torch import Tensor
 from .schedules import Schedule
 from .util.checks import check_batch, check_order, like
 
-# %% ../nbs/02_forward.ipynb #83c53082
+# %% ../nbs/02_forward.ipynb #7ba99bfe
 def transition(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor, "*b"]):
     "(alpha_ts, var_ts) of q(x_t | x_s) = N(alpha_ts x_s, var_ts I), any s < t, in float64. (VDM-3; DDPM-2 is s = t - 1/T)"
     s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (s, t))
@@ -23,14 +23,14 @@ def transition(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor, "*b"
     change = 2 * ((alpha_t / alpha_s).log() - (sigma_t / sigma_s).log())  # λ_t - λ_s
     return alpha_t / alpha_s, -change.expm1() * sigma_t**2
 
-
+# %% ../nbs/02_forward.ipynb #b2a76375
 def q_sample(schedule: Schedule, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], eps: Float[Tensor, "b *d"]):
     "x_t = alpha_t x0 + sigma_t eps, one time a sample (or one for all). (VDM-1, DDPM-4)"
     check_batch(x0, t, eps=eps)
     alpha, sigma = schedule(t)
     return like(alpha, x0) * x0 + like(sigma, x0) * eps
 
-
+# %% ../nbs/02_forward.ipynb #83c53082
 def q_step(schedule: Schedule, x_s: Float[Tensor, "b *d"], s: Tensor, t: Tensor, eps: Float[Tensor, "b *d"]):
     "x_t = alpha_ts x_s + sqrt(var_ts) eps: a sample of q(x_t | x_s). (VDM-3, DDPM-2)"
     check_batch(x_s, t, eps=eps)
@@ -47,7 +47,7 @@ from torch import Tensor
 from .schedules import Schedule
 from .util.checks import check_batch, check_order, like
 
-# %% ../nbs/03_posterior.ipynb #ddb59719
+# %% ../nbs/03_posterior.ipynb #42107c30
 class Step(NamedTuple):
     """One reverse step t → s, or many: x_s ~ N(a x_t + b x0, variance).
 
@@ -62,7 +62,7 @@ class Step(NamedTuple):
     small: Tensor
     large: Tensor
 
-
+# %% ../nbs/03_posterior.ipynb #86ad72fd
 def posterior_steps(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor, "*b"]) -> Step:
     "The coefficients of q(x_s | x_t, x0) for any s < t in float64; a whole grid of times at once if need be. (VDM-4)"
     s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (s, t))
@@ -74,7 +74,7 @@ def posterior_steps(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor,
         s, t, a=shrink * sigma_s / sigma_t, b=alpha_s * fresh, small=fresh * sigma_s**2, large=fresh * sigma_t**2
     )
 
-
+# %% ../nbs/03_posterior.ipynb #ddb59719
 def q_posterior(schedule: Schedule, x_t: Float[Tensor, "b *d"], x0: Float[Tensor, "b *d"], s: Tensor, t: Tensor):
     "Mean (like x_t) and variance (broadcastable to it) of q(x_s | x_t, x0), any s < t. (VDM-4, DDPM-6/7 is s = t - 1/T)"
     check_batch(x_t, t, x0=x0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .noise import Noise
 from .util.checks import check_finite
 
-# %% ../nbs/01_data.ipynb #06967387
+# %% ../nbs/01_data.ipynb #c2e9c8e8
 def two_moons(n: int, seed: int = 0, noise: float = 0.05) -> Float[Tensor, "n 2"]:
     "Two interleaved half circles, centred, about unit scale."
     from sklearn.datasets import make_moons
@@ -23,7 +23,7 @@ def two_moons(n: int, seed: int = 0, noise: float = 0.05) -> Float[Tensor, "n 2"
     x, _ = make_moons(n, noise=noise, random_state=seed)
     return torch.tensor(x - [0.5, 0.25])
 
-
+# %% ../nbs/01_data.ipynb #8dbabf2d
 def swiss_roll(n: int, seed: int = 0, noise: float = 0.5) -> Float[Tensor, "n 2"]:
     "The spiral seen along the roll's axis, about unit scale."
     from sklearn.datasets import make_swiss_roll
@@ -31,7 +31,7 @@ def swiss_roll(n: int, seed: int = 0, noise: float = 0.5) -> Float[Tensor, "n 2"
     x, _ = make_swiss_roll(n, noise=noise, random_state=seed)
     return torch.tensor(x[:, [0, 2]] / 10)
 
-
+# %% ../nbs/01_data.ipynb #83fd22c3
 class GaussianMixture:
     """p(x) = Σ_k weights_k N(x; means_k, covs_k), in float64.
 
@@ -70,14 +70,14 @@ class GaussianMixture:
         log_k = -0.5 * (z**2 / self.variances + (2 * math.pi * self.variances).log()).sum(-1)
         return torch.logsumexp(log_k + self.weights.log(), dim=1)
 
-
+# %% ../nbs/01_data.ipynb #c26eea64
 def ring_mixture(k: int = 8, radius: float = 1.5, std: float = 0.15) -> GaussianMixture:
     "k round Gaussians of the same weight on a circle."
     angle = 2 * math.pi * torch.arange(k, dtype=torch.float64) / k
     means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
     return GaussianMixture(torch.full((k,), 1 / k), means, std**2 * torch.eye(2).expand(k, 2, 2))
 
-
+# %% ../nbs/01_data.ipynb #06967387
 def random_mixture(k: int = 3, d: int = 2, seed: int = 0) -> GaussianMixture:
     "Unequal weights, unequal and tilted covariances: a mixture with no symmetry for a bug to hide behind."
     numbers = Noise([seed], (k, 1 + d + d * d))(0)[0].double()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .util.checks import check_time
 
-# %% ../nbs/02_forward.ipynb #24f852bf
+# %% ../nbs/02_forward.ipynb #8d4eb2da
 class Schedule(nn.Module):
     """t ↦ (alpha, sigma), with t in [0, 1] and the data at t = 0; log SNR falls strictly. (VDM-1, VDM-2)
 
@@ -36,24 +36,24 @@ class Schedule(nn.Module):
         alpha, sigma = self(t)
         return 2 * (alpha.log() - sigma.log())
 
-
+# %% ../nbs/02_forward.ipynb #24f852bf
 def vp(logsnr: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
     "The variance-preserving (alpha, sigma) with this log SNR."
     return logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
 
-# %% ../nbs/02_forward.ipynb #1a0209d4
+# %% ../nbs/02_forward.ipynb #d1f4c9ef
 def linear_betas(T: int = 1000) -> Float[Tensor, " T"]:
     "DDPM's variances, 1e-4 to 0.02 at T = 1000, scaled by 1000/T otherwise (T ≥ 21). (IMP-sched; DDPM sec. 4)"
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
 
-
+# %% ../nbs/02_forward.ipynb #ee4008a1
 def cosine_betas(T: int = 1000, s: float = 0.008, largest: float = 0.999) -> Float[Tensor, " T"]:
     "Improved DDPM's variances: the squared-cosine curve for ᾱ, its betas clipped at `largest`. (SUR-cos, IMP-sched)"
     t = torch.linspace(0, 1, T + 1, dtype=torch.float64)
     f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=largest)
 
-
+# %% ../nbs/02_forward.ipynb #1a0209d4
 class DDPMSchedule(Schedule):
     """The chain with these betas: at t = i/T, alpha² = ᾱ_i; between the steps log ᾱ is linear. (DDPM-4)
 
@@ -97,12 +97,12 @@ class DDPMSchedule(Schedule):
         )
         return (log_abar / 2).exp(), log_abar.expm1().abs().sqrt()
 
-# %% ../nbs/02_forward.ipynb #de60d186
+# %% ../nbs/02_forward.ipynb #02a87739
 def _check_rising(smallest: float, largest: float) -> None:
     if not 0 < smallest < largest:
         raise ValueError(f"expected 0 < {smallest:g} < {largest:g}, so that noise grows with time")
 
-
+# %% ../nbs/02_forward.ipynb #e1102d5a
 class VPSchedule(Schedule):
     "Continuous variance-preserving diffusion, noise rate beta(t) linear from `start` to `end`. (VDM-1; Song et al. 2021)"
 
@@ -115,7 +115,7 @@ class VPSchedule(Schedule):
         log_alpha = -(self.start * t + (self.end - self.start) * t**2 / 2) / 2
         return log_alpha.exp(), (2 * log_alpha).expm1().abs().sqrt()
 
-
+# %% ../nbs/02_forward.ipynb #db0ed78d
 class CosineSchedule(Schedule):
     "Continuous cosine, alpha/sigma = cot(πt/2), its log SNR squeezed into [-bound, bound]. (VDM-1; SUR-cos)"
 
@@ -129,7 +129,7 @@ class CosineSchedule(Schedule):
         angle = torch.lerp(torch.full_like(t, self.first), torch.full_like(t, self.last), t)
         return angle.cos(), angle.sin()
 
-
+# %% ../nbs/02_forward.ipynb #905bfae9
 class VESchedule(Schedule):
     "Variance exploding: alpha = 1, sigma geometric from `smallest` to `largest`. (VDM-2; Song and Ermon 2019)"
 
@@ -141,7 +141,7 @@ class VESchedule(Schedule):
     def coefficients(self, t):
         return torch.ones_like(t), self.smallest * (self.largest / self.smallest) ** t
 
-
+# %% ../nbs/02_forward.ipynb #de60d186
 class EDMSchedule(Schedule):
     "alpha = 1 and sigma^(1/rho) linear from `smallest` to `largest`. (Karras et al. 2022, eq. 5)"
 

@@ -17,7 +17,7 @@ from .artifacts import artifact
 from ..nets.classifier import Judge
 from ..recipes.settings import settings
 
-# %% ../../nbs/01_data.ipynb #614386d1
+# %% ../../nbs/01_data.ipynb #accb57ce
 def jiggle(x: Float[Tensor, "n 1 s s"], g: torch.Generator) -> Float[Tensor, "n 1 s s"]:
     "Each picture turned, scaled and moved a little, at random."
     angle, size, dx, dy = torch.randn(4, len(x), generator=g).mul(torch.tensor([0.12, 0.06, 0.08, 0.08])[:, None])
@@ -25,7 +25,7 @@ def jiggle(x: Float[Tensor, "n 1 s s"], g: torch.Generator) -> Float[Tensor, "n 
     where = F.affine_grid(torch.stack(rows, dim=1).reshape(-1, 2, 3), list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, where, align_corners=False) - 1
 
-
+# %% ../../nbs/01_data.ipynb #3fa06415
 def train_judge(data: str, width: int, steps: int, batch: int, lr: float, seed: int) -> tuple[dict, dict]:
     "The weights of a judge of this data set, and its accuracy on what was held out."
     data, g = data_set(data).load(), torch.Generator().manual_seed(seed)
@@ -44,13 +44,13 @@ def train_judge(data: str, width: int, steps: int, batch: int, lr: float, seed: 
     accuracy = recognised(judge.eval(), data.x_test, data.y_test)
     return judge.state_dict(), {f"accuracy on {len(data.x_test)} held-out pictures": round(accuracy, 4)}
 
-
+# %% ../../nbs/01_data.ipynb #ec18d2ad
 @torch.no_grad()
 def recognised(judge: Judge, x: Float[Tensor, "n 1 s s"], y: Int[Tensor, " n"]) -> float:
     "The share of pictures that the judge takes for what they are meant to be."
     return (judge(x).argmax(1) == y).float().mean().item()
 
-
+# %% ../../nbs/01_data.ipynb #6653ccf2
 JUDGE = dict(data=str, width=int, steps=int, batch=int, lr=float, seed=int)
 
 
@@ -62,12 +62,12 @@ def trained_judge(name: str, section: str) -> Judge:
     judge.load_state_dict(weights)
     return judge.eval().requires_grad_(False)
 
-
+# %% ../../nbs/01_data.ipynb #c727ef37
 def digit_judge() -> Judge:
     "The judge of 8×8 digits (artifact `digit_judge`, recipe in settings.ini under [01_data])."
     return trained_judge("digit_judge", "01_data")
 
-
+# %% ../../nbs/01_data.ipynb #614386d1
 def mnist_judge() -> Judge:
     "The judge of MNIST's 28×28 digits (artifact `mnist_judge`, [judge.mnist]); its weights come with the book, only training it anew needs MNIST."
     return trained_judge("mnist_judge", "judge.mnist")

@@ -24,7 +24,7 @@ def gaussian_kl(mean1: Tensor, var1: Tensor, mean2: Tensor, var2: Tensor) -> Ten
     ratio = var1 / var2
     return 0.5 * (ratio - 1 - ratio.log() + (mean1 - mean2) ** 2 / var2)
 
-# %% ../../nbs/05_elbo.ipynb #8ad2d101
+# %% ../../nbs/05_elbo.ipynb #390ca1d5
 def prior_kl(schedule: Schedule, x0: Float[Tensor, "b *d"]) -> Float[Tensor, " b"]:
     """L_T = KL(q(x_1 | x0) || N(0, alpha² + sigma²)), nats a sample, in float64. (DDPM-5, VDM-elbo)
 
@@ -35,7 +35,7 @@ def prior_kl(schedule: Schedule, x0: Float[Tensor, "b *d"]) -> Float[Tensor, " b
         gaussian_kl(alpha * x0.double(), sigma**2, torch.zeros_like(alpha), alpha**2 + sigma**2).flatten(1).sum(1)
     )
 
-
+# %% ../../nbs/05_elbo.ipynb #53fd034b
 def guess_kl(pred: Pred, x0: Float[Tensor, "b *d"], step: Step, var: Callable = small) -> Float[Tensor, " b"]:
     """KL(q(x_s | x_t, x0) || N(a x_t + b x̂0, var)) for a guess x̂0 at x_t, nats a sample. (DDPM-8, VDM-6)
 
@@ -44,7 +44,7 @@ def guess_kl(pred: Pred, x0: Float[Tensor, "b *d"], step: Step, var: Callable = 
     small_var, v = (torch.as_tensor(c, dtype=x0.dtype, device=x0.device) for c in (step.small, var(pred, step)))
     return gaussian_kl(step.b * (x0 - pred.x0), small_var, torch.zeros_like(x0), v).flatten(1).sum(1)
 
-
+# %% ../../nbs/05_elbo.ipynb #8ad2d101
 def step_kl(denoiser: Denoiser, x0: Float[Tensor, "b *d"], s: Float[Tensor, "*b"], t: Float[Tensor, "*b"],
             eps: Float[Tensor, "b *d"], var: Callable = small, **cond) -> Float[Tensor, " b"]:  # fmt: skip
     """L_{t-1}: `guess_kl` at x_t = alpha x0 + sigma eps, nats a sample. (DDPM-5, DDPM-12, VDM-6)

@@ -25,19 +25,19 @@ def time_embedding(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b {dim}"]
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(t.dtype)
 
-# %% ../../nbs/06_unet.ipynb #6fa830c7
+# %% ../../nbs/06_unet.ipynb #65f08f6d
 def zero(layer: nn.Module) -> nn.Module:
     "The layer with its weights and biases set to zero."
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
-
+# %% ../../nbs/06_unet.ipynb #d58611c0
 def norm(channels: int) -> nn.GroupNorm:
     "Group normalisation in 32 groups, or in groups of 4 channels where there are fewer than 128."
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
-
+# %% ../../nbs/06_unet.ipynb #932bff26
 class ResBlock(nn.Module):
     """Two normalised 3×3 convolutions around an input of the time, added to what came in. (SUR-unet, IMP-unet, SUR-adm)
 
@@ -65,7 +65,7 @@ class ResBlock(nn.Module):
         total = self.skip(self.resize(x)) + self.conv2(self.dropout(F.silu(h)))
         return total * 0.5**0.5 if self.rescale else total
 
-
+# %% ../../nbs/06_unet.ipynb #d3503cf7
 class Attention(nn.Module):
     "Every pixel attends to every pixel, added to what came in (and divided by √2); heads of `head_width` channels (0: one head). (SUR-unet)"
 
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         total = x + rearrange(self.out(mixed), "b (h w) c -> b c h w", h=x.shape[2])
         return total * 0.5**0.5 if self.rescale else total
 
-
+# %% ../../nbs/06_unet.ipynb #f1c87b23
 class Down(nn.Module):
     "Half the size, by a 3×3 convolution with stride 2 (padded right and below, as in the paper's code)."
 
@@ -97,7 +97,7 @@ class Down(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"], emb: Tensor | None = None) -> Float[Tensor, "b c h/2 w/2"]:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
-
+# %% ../../nbs/06_unet.ipynb #6fa830c7
 class Up(nn.Module):
     "Twice the size, by nearest neighbours and a 3×3 convolution."
 
@@ -108,7 +108,7 @@ class Up(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"], emb: Tensor | None = None) -> Float[Tensor, "b c 2*h 2*w"]:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-# %% ../../nbs/06_unet.ipynb #89a5943a
+# %% ../../nbs/06_unet.ipynb #e62b4140
 class UNet(nn.Module):
     """The U-Net of DDPM: `UNet()` is its CIFAR-10 network, 35,746,307 parameters. (IMP-unet, SUR-unet)
 
@@ -200,7 +200,7 @@ class UNet(nn.Module):
         if y is not None:
             check_labels(y, self.label.num_embeddings - 1)
 
-
+# %% ../../nbs/06_unet.ipynb #89a5943a
 def parameters(module: nn.Module) -> int:
     "How many numbers are learned."
     return sum(p.numel() for p in module.parameters())

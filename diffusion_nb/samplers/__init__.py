@@ -1,0 +1,1 @@
+"""Samplers: plain functions (denoiser, x, times, …) ↦ x."""

@@ -35,7 +35,11 @@ def distill(teacher: Denoiser, x0: Float[Tensor, "k *d"], n_from: int, n_to: int
     Raises ValueError unless n_from is n_to times a power of two, above 1.
     """
     check_halving(n_from, n_to)
-    teacher, students, n = copy.deepcopy(teacher).to(options.get("device") or default_device()).requires_grad_(False), {}, n_from
+    teacher, students, n = (
+        copy.deepcopy(teacher).to(options.get("device") or default_device()).requires_grad_(False),
+        {},
+        n_from,
+    )
     while n > n_to:
         n //= 2
         student = copy.deepcopy(teacher).requires_grad_(True)
