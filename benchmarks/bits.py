@@ -11,15 +11,15 @@ from common import report
 from diffusion_nb.data import digits
 from diffusion_nb.denoisers import Clip
 from diffusion_nb.experiments.digits import digit_denoiser
-from diffusion_nb.grids import stop_early
-from diffusion_nb.likelihood.bits import bits_per_dim, fitted
-from diffusion_nb.variances import large
+from diffusion_nb.grids import truncated_grid
+from diffusion_nb.likelihood.bits import bits_per_dim, fitted_variance
+from diffusion_nb.variances import fixed_large
 
 
 def main():
     torch.set_num_threads(1)  # small pictures: a second thread does not pay
-    data, model, ts = digits(), Clip(digit_denoiser()), stop_early(1000, 0.03)
-    best = fitted(bits_per_dim(model, data.x[:256], ts, levels=17, var=large, y=data.y[:256]))
+    data, model, ts = digits(), Clip(digit_denoiser()), truncated_grid(1000, 0.03)
+    best = fitted_variance(bits_per_dim(model, data.x[:256], ts, levels=17, var=fixed_large, y=data.y[:256]))
     start = time.perf_counter()
     x, y = data.x_test[:256], data.y_test[:256]
     bits = bits_per_dim(model, x, ts, levels=17, var=best, decoder_var=best, y=y)

@@ -11,7 +11,7 @@ from common import report
 
 from diffusion_nb.data import digits
 from diffusion_nb.experiments.digits import judge_digits
-from diffusion_nb.experiments.judge import digit_judge, recognised
+from diffusion_nb.experiments.judge import accuracy_of, digit_judge
 from diffusion_nb.metrics.features import frechet_distance
 from diffusion_nb.recipes.diffusion import recipe, recipe_trainer
 
@@ -21,7 +21,7 @@ def main():
     args.add_argument("--seeds", type=int, default=3)
     torch.set_num_threads(2)
     judge, data, rows = digit_judge(), digits(), {}
-    rows["judge on held-out digits, share right"] = recognised(judge, data.x_test, data.y_test)
+    rows["judge on held-out digits, share right"] = accuracy_of(judge, data.x_test, data.y_test)
     features, g = judge.features(data.x), torch.Generator().manual_seed(0)
     subsets = [
         frechet_distance(features[torch.randperm(len(features), generator=g)[:300]], features) for _ in range(20)

@@ -15,7 +15,7 @@ import torch
 from common import InDtype, arguments, digits, prepare, report, sync
 from contenders import Setting, check_walks, networks
 
-from diffusion_nb.denoisers import Clip, Guess, NetDenoiser
+from diffusion_nb.denoisers import Clip, DenoiserConsistency, NetDenoiser
 from diffusion_nb.grids import edm_grid, time_grid
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
@@ -28,7 +28,7 @@ SCHEDULE = DDPMSchedule(linear_betas(1000))
 
 
 def one_step(denoiser, x, ts, *, noise):
-    return consistency_sample(Guess(denoiser), x, ts[[0, -1]], noise=noise)
+    return consistency_sample(DenoiserConsistency(denoiser), x, ts[[0, -1]], noise=noise)
 
 
 RUNS = {

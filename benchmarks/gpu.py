@@ -15,7 +15,7 @@ import torch
 from common import arguments, clock, digits, flops, memory, peak_memory, peaks, prepare, report, seconds, sync
 
 from diffusion_nb.denoisers import Clip, NetDenoiser
-from diffusion_nb.generation.fast import Fast
+from diffusion_nb.generation.fast import CompiledDenoiser
 from diffusion_nb.grids import time_grid
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
@@ -88,7 +88,7 @@ def train(args):
 def fast(args):
     "The denoiser for drawing, on the device: as it is, and by Fast."
     plain = Clip(model(args)).to(args.device).eval().requires_grad_(False)
-    return plain, Fast(plain, bf16=args.bf16, compile=args.compile)
+    return plain, CompiledDenoiser(plain, bf16=args.bf16, compile=args.compile)
 
 
 def sample(args, steps=50):
@@ -117,7 +117,7 @@ def difference(args, a, b, x, t):
 def guesses(args, repeat=20):
     "Rows of one guess: milliseconds of the plain denoiser, of it in bfloat16, and of Fast."
     plain, quick = fast(args)
-    rough = Fast(copy.deepcopy(plain), bf16=True, compile=False)
+    rough = CompiledDenoiser(copy.deepcopy(plain), bf16=True, compile=False)
     t = torch.tensor(0.5, dtype=torch.float64, device=args.device)
     for batch in args.batches or (1, 16, 256):
         x = Noise(range(batch), SHAPE, args.device)(0)

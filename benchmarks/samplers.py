@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from common import report, seconds
 
-from diffusion_nb.denoisers import Denoiser, NetDenoiser, Pred
+from diffusion_nb.denoisers import Denoiser, NetDenoiser, Prediction
 from diffusion_nb.forward import posterior_steps
 from diffusion_nb.grids import time_grid
 from diffusion_nb.noise import Noise
@@ -37,7 +37,7 @@ class ZeroGuess(Denoiser):
         self.schedule, self.one = schedule, torch.ones(())
 
     def forward(self, x_t, t):
-        return Pred(x_t, self.one, self.one, zeros)
+        return Prediction(x_t, self.one, self.one, zeros)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .schedules import Schedule
-from .util.checks import check_batch, check_order, like
+from .util.checks import check_batch, check_order, expand_as
 
 # %% ../nbs/02_forward.ipynb #7ba99bfe
 def transition(schedule: Schedule, s: Float[Tensor, "*b"], t: Float[Tensor, "*b"]):
@@ -28,14 +28,14 @@ def q_sample(schedule: Schedule, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b
     "x_t = alpha_t x0 + sigma_t eps, one time a sample (or one for all). (VDM-1, DDPM-4)"
     check_batch(x0, t, eps=eps)
     alpha, sigma = schedule(t)
-    return like(alpha, x0) * x0 + like(sigma, x0) * eps
+    return expand_as(alpha, x0) * x0 + expand_as(sigma, x0) * eps
 
 # %% ../nbs/02_forward.ipynb #83c53082
 def q_step(schedule: Schedule, x_s: Float[Tensor, "b *d"], s: Tensor, t: Tensor, eps: Float[Tensor, "b *d"]):
     "x_t = alpha_ts x_s + sqrt(var_ts) eps: a sample of q(x_t | x_s). (VDM-3, DDPM-2)"
     check_batch(x_s, t, eps=eps)
     alpha_ts, var_ts = transition(schedule, s, t)
-    return like(alpha_ts, x_s) * x_s + like(var_ts.sqrt(), x_s) * eps
+    return expand_as(alpha_ts, x_s) * x_s + expand_as(var_ts.sqrt(), x_s) * eps
 
 # %% ../nbs/03_posterior.ipynb #0d4c3ce9
 from typing import NamedTuple
@@ -45,13 +45,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .schedules import Schedule
-from .util.checks import check_batch, check_order, like
+from .util.checks import check_batch, check_order, expand_as
 
 # %% ../nbs/03_posterior.ipynb #42107c30
 class Step(NamedTuple):
     """One reverse step t → s, or many: x_s ~ N(a x_t + b x0, variance).
 
-    `small` is the variance of q(x_s | x_t, x0), DDPM's β̃; `large` is that of q(x_t | x_s), DDPM's β. Samplers choose between
+    `fixed_small` is the variance of q(x_s | x_t, x0), DDPM's β̃; `fixed_large` is that of q(x_t | x_s), DDPM's β. Samplers choose between
     them, or between numbers in their range. All fields are shaped alike; s and t are float64.
     """
 
@@ -79,4 +79,4 @@ def q_posterior(schedule: Schedule, x_t: Float[Tensor, "b *d"], x0: Float[Tensor
     "Mean (like x_t) and variance (broadcastable to it) of q(x_s | x_t, x0), any s < t. (VDM-4, DDPM-6/7 is s = t - 1/T)"
     check_batch(x_t, t, x0=x0)
     step = posterior_steps(schedule, s, t)
-    return like(step.a, x_t) * x_t + like(step.b, x_t) * x0, like(step.small, x_t)
+    return expand_as(step.a, x_t) * x_t + expand_as(step.b, x_t) * x0, expand_as(step.small, x_t)

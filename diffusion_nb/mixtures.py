@@ -92,9 +92,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .denoisers import Denoiser, Pred
+from .denoisers import Denoiser, Prediction
 from .schedules import Schedule
-from .util.checks import check_labels, like
+from .util.checks import check_labels, expand_as
 
 # %% ../nbs/04_denoiser.ipynb #6bd5acd6
 class GMMDenoiser(Denoiser):
@@ -129,11 +129,11 @@ class GMMDenoiser(Denoiser):
 
     def forward(
         self, x_t: Float[Tensor, "b *d"], t: Float[Tensor, "*b"], y: Int[Tensor, " b"] | None = None
-    ) -> Pred:
+    ) -> Prediction:
         log_joint, means, _ = self._parts(x_t, t, y)
         x0 = torch.einsum("nk,nki->ni", log_joint.softmax(1), means)
-        alpha, sigma = (like(c, x_t) for c in self.schedule(t))
-        return Pred(x_t, alpha, sigma, x0.reshape(x_t.shape).to(x_t.dtype))
+        alpha, sigma = (expand_as(c, x_t) for c in self.schedule(t))
+        return Prediction(x_t, alpha, sigma, x0.reshape(x_t.shape).to(x_t.dtype))
 
     def log_prob(self, x_t: Float[Tensor, "b d"], t: Float[Tensor, "*b"]) -> Float[Tensor, " b"]:
         "log p_t(x_t), the density of the noised data."

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_nb.book.claims import monte_carlo
-from diffusion_nb.denoisers import Denoiser, Pred
+from diffusion_nb.denoisers import Denoiser, Prediction
 from diffusion_nb.forward import Step, posterior_steps, q_sample
-from diffusion_nb.grids import stop_early, time_grid
-from diffusion_nb.likelihood.bits import bits_per_dim, fitted, repriced
+from diffusion_nb.grids import time_grid, truncated_grid
+from diffusion_nb.likelihood.bits import bits_per_dim, bits_with_variance, fitted_variance
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
 from diffusion_nb.noise import Noise
 from diffusion_nb.samplers.linear import ddpm
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, VESchedule, VPSchedule, linear_betas
-from diffusion_nb.util.checks import like
-from diffusion_nb.variances import Moments, analytic, expected_eps2, large, small
+from diffusion_nb.util.checks import expand_as
+from diffusion_nb.variances import Moments, analytic_variance, expected_eps2, fixed_large, fixed_small
 
 F64, INF = torch.float64, math.inf
 SCHEDULES = {
@@ -38,8 +38,8 @@ class Shrinks(Denoiser):
 
     def forward(self, x_t, t, y):
         self.times.append(float(t))
-        alpha, sigma = (like(c, x_t) for c in self.schedule(t))
-        return Pred(x_t, alpha, sigma, x_t * like(y / 10, x_t))
+        alpha, sigma = (expand_as(c, x_t) for c in self.schedule(t))
+        return Prediction(x_t, alpha, sigma, x_t * expand_as(y / 10, x_t))
 
 
 def steps_of(schedule, ts):
@@ -76,8 +76,8 @@ def test_the_range_of_the_data_counts_by_half_its_width(gamma):
 
 @every
 def test_between_its_bounds_on_every_schedule(name):
-    schedule, ts, x0 = SCHEDULES[name], stop_early(12, 0.03), pictures(6)
-    var = analytic(expected_eps2(Shrinks(schedule), x0, ts, y=torch.arange(6)))
+    schedule, ts, x0 = SCHEDULES[name], truncated_grid(12, 0.03), pictures(6)
+    var = analytic_variance(expected_eps2(Shrinks(schedule), x0, ts, y=torch.arange(6)))
     for step in steps_of(schedule, ts):
         alpha, sigma = (c.item() for c in schedule(torch.tensor(step.t, dtype=F64)))
         v = var(None, step)
@@ -95,7 +95,9 @@ def test_the_paper_in_its_own_letters():
     want = lam2 + ((bbar[:-1] / ratio).sqrt() - (bbar[1:] - lam2).sqrt()) ** 2 * (
         1 - bbar[:-1] * score2
     ).clamp_min(0)
-    got = torch.tensor([analytic(found, -INF, INF)(None, step) for step in steps_of(schedule, ts)], dtype=F64)
+    got = torch.tensor(
+        [analytic_variance(found, -INF, INF)(None, step) for step in steps_of(schedule, ts)], dtype=F64
+    )
     assert torch.allclose(got, want, rtol=1e-8)
 
 
@@ -108,7 +110,7 @@ def test_beta_for_standard_normal_data(name):
     assert monte_carlo(found.eps2, sigma**2).holds  # Γ = σ², so that m = σ²
     error = found.eps2.std(0) / n**0.5
     assert torch.allclose(found.error, error)
-    var = analytic(found, -INF, INF)
+    var = analytic_variance(found, -INF, INF)
     for step, ratio, e in zip(steps_of(schedule, ts), found.ratio, error, strict=True):
         assert abs(var(None, step) - step.large) <= 5 * step.b**2 * ratio * e
 
@@ -150,22 +152,26 @@ def test_it_is_a_variance_for_the_sampler_and_for_the_bound():
     ts, y, x0 = time_grid(6), torch.arange(8), pictures(8)
     model, noise = Shrinks(SCHEDULES["cosine"]), Noise(range(8), (1, 4, 4))
     found = expected_eps2(model, x0, ts, y=y)
-    drawn = [ddpm(model, noise(0), ts, noise=noise, var=v(found), y=y) for v in (analytic, fitted)]
+    drawn = [
+        ddpm(model, noise(0), ts, noise=noise, var=v(found), y=y) for v in (analytic_variance, fitted_variance)
+    ]
     assert all(torch.isfinite(x).all() and x.dtype == torch.float32 for x in drawn) and not drawn[0].equal(
         drawn[1]
     )
-    bits = bits_per_dim(model, x0, ts, levels=17, var=analytic(found), decoder_var=analytic(found), y=y)
+    bits = bits_per_dim(
+        model, x0, ts, levels=17, var=analytic_variance(found), decoder_var=analytic_variance(found), y=y
+    )
     assert torch.isfinite(bits.total).all()
 
 
 @every
 def test_repriced_bits_are_those_of_a_new_pass(name):
-    schedule, ts, y, x0 = SCHEDULES[name], stop_early(8, 0.05), torch.arange(8), pictures(8)
-    first = bits_per_dim(Shrinks(schedule), x0, ts, levels=17, var=large, y=y)
+    schedule, ts, y, x0 = SCHEDULES[name], truncated_grid(8, 0.05), torch.arange(8), pictures(8)
+    first = bits_per_dim(Shrinks(schedule), x0, ts, levels=17, var=fixed_large, y=y)
     found = expected_eps2(Shrinks(schedule), x0, ts, y=y)
-    for var in (small, large, fitted(first), analytic(found)):
+    for var in (fixed_small, fixed_large, fitted_variance(first), analytic_variance(found)):
         again = bits_per_dim(Shrinks(schedule), x0, ts, levels=17, var=var, y=y)
-        mine = repriced(first, schedule, var)
+        mine = bits_with_variance(first, schedule, var)
         assert torch.allclose(mine.steps, again.steps, rtol=1e-4, atol=1e-5)
         assert torch.equal(mine.decoder, again.decoder) and torch.equal(mine.prior, again.prior)
 
@@ -183,7 +189,7 @@ def test_repriced_bits_are_those_of_a_new_pass(name):
         (lambda m, x: expected_eps2(m, x, time_grid(3), seeds=range(9), y=torch.arange(4)), "seeds: expected 4"),
         (lambda m, x: expected_eps2(m, x, time_grid(3), y=torch.arange(3)), "y: expected 4"),
         (lambda m, x: expected_eps2(m, x.to(torch.uint8), time_grid(3), y=torch.arange(4)), "floating-point"),
-        (lambda m, x: analytic(expected_eps2(m, x, time_grid(3), y=torch.arange(4)), 1, 1), "low < high"),
+        (lambda m, x: analytic_variance(expected_eps2(m, x, time_grid(3), y=torch.arange(4)), 1, 1), "low < high"),
     ],
 )
 def test_refused(call, says):
@@ -192,6 +198,8 @@ def test_refused(call, says):
 
 
 def test_a_time_without_moments_is_named():
-    var = analytic(expected_eps2(Shrinks(SCHEDULES["cosine"]), pictures(4), time_grid(4), y=torch.arange(4)))
+    var = analytic_variance(
+        expected_eps2(Shrinks(SCHEDULES["cosine"]), pictures(4), time_grid(4), y=torch.arange(4))
+    )
     with pytest.raises(KeyError, match="0.3"):
         var(None, steps_of(SCHEDULES["cosine"], torch.tensor([0.3, 0.1], dtype=F64))[0])

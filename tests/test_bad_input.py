@@ -19,11 +19,11 @@ from diffusion_nb.experiments.judge import JUDGE
 from diffusion_nb.forward import posterior_steps, q_posterior, q_sample, q_step, transition
 from diffusion_nb.generation.generate import generate
 from diffusion_nb.grids import time_grid
-from diffusion_nb.guidance import CFG, Unlabelled
+from diffusion_nb.guidance import CFG, Unconditional
 from diffusion_nb.likelihood.bits import bits_per_dim
 from diffusion_nb.likelihood.continuous import vdm_bits
 from diffusion_nb.likelihood.lossless import LosslessCodec, lossless_decode, lossless_encode
-from diffusion_nb.likelihood.lossy import Codec, encode, even_times, pack, unpack
+from diffusion_nb.likelihood.lossy import Codec, arithmetic_decode, arithmetic_encode, encode, equal_bits_grid
 from diffusion_nb.metrics.cards import MetricCard, load_cards, save_cards
 from diffusion_nb.metrics.features import density_coverage, inception_score, precision_recall
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
@@ -48,7 +48,7 @@ from diffusion_nb.schedules import (
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.checks import check_finite, check_time
 from diffusion_nb.util.storage import project_root
-from diffusion_nb.variances import expected_eps2, large, small
+from diffusion_nb.variances import expected_eps2, fixed_large, fixed_small
 
 nan, inf = float("nan"), float("inf")
 CHAIN = DDPMSchedule(linear_betas())
@@ -226,8 +226,8 @@ class Repeats(nn.Module):
 def test_a_network_may_return_twice_the_channels():
     noise = Noise(range(4), (3, 8, 8))(0)
     pred = NetDenoiser(Repeats(1.0, 2.0), CHAIN, predict_x0)(noise, T(0.5))
-    assert torch.equal(pred.x0, noise) and torch.equal(pred.aux, 2 * noise)
-    assert NetDenoiser(Repeats(1.0), CHAIN, predict_x0)(noise, T(0.5)).aux is None
+    assert torch.equal(pred.x0, noise) and torch.equal(pred.extra, 2 * noise)
+    assert NetDenoiser(Repeats(1.0), CHAIN, predict_x0)(noise, T(0.5)).extra is None
     with refused("(4, 9, 8, 8)", "(4, 3, 8, 8)", "as many channels, or twice as many"):
         NetDenoiser(Repeats(1.0, 2.0, 3.0), CHAIN, predict_x0)(noise, T(0.5))
 
@@ -690,7 +690,7 @@ def test_damaged_cards(text, tmp_path):
 
 def test_a_decoder_without_variance():
     with refused("decoder_var: expected a positive variance"):
-        bits_per_dim(POINT, levels, time_grid(3), levels=17, decoder_var=small)
+        bits_per_dim(POINT, levels, time_grid(3), levels=17, decoder_var=fixed_small)
 
 
 @pytest.mark.parametrize("x", [levels.half(), levels[:0], levels[0]])
@@ -701,28 +701,28 @@ def test_pictures_of_a_kind_that_has_no_bits(x):
 
 @pytest.mark.parametrize("ts", [time_grid(4), time_grid(4, start=0.9, end=0.1), time_grid(4, end=0.1).flip(0)])
 def test_codec_along_times_that_it_cannot_take(ts):
-    codec = Codec(POINT, ts, large, 2.0, 16)
+    codec = Codec(POINT, ts, fixed_large, 2.0, 16)
     with refused("ts: expected times that fall from 1 and end above 0"):
         encode(codec, levels[:1])
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.0])
 def test_share_of_the_bits_that_the_steps_do_not_carry(share):
-    bits = bits_per_dim(POINT, levels, time_grid(5), levels=17, var=large)
+    bits = bits_per_dim(POINT, levels, time_grid(5), levels=17, var=fixed_large)
     with refused("share: expected more than 0 and at most"):
-        even_times(bits, 3, share)
+        equal_bits_grid(bits, 3, share)
 
 
 @pytest.mark.parametrize("message", ["", "012", "one"])
 def test_messages_that_are_not_of_zeros_and_ones(message):
     with refused("message: expected a text of zeros and ones"):
-        unpack(message, [[0, 1, 2]])
+        arithmetic_decode(message, [[0, 1, 2]])
 
 
 @pytest.mark.parametrize("number", [-1, 2])
 def test_numbers_that_have_no_code(number):
     with refused("numbers: expected 0 to 1"):
-        pack([number], [[0, 1, 2]])
+        arithmetic_encode([number], [[0, 1, 2]])
 
 
 def test_logits_that_are_not_finite():
@@ -765,7 +765,7 @@ DOORS = {
         d, FIVE, steps=1, batch=2, lr=lambda k: 1e-3, cond={"y": y}, device="cpu"
     ),
     "lossless_encode": lambda d, y, tmp: lossless_encode(
-        LosslessCodec(d, time_grid(4), 17, large, classes=3, initial=600), FIVE, y
+        LosslessCodec(d, time_grid(4), 17, fixed_large, classes=3, initial=600), FIVE, y
     ),
 }
 
@@ -784,18 +784,18 @@ def test_labels_are_refused_at_the_door(door, wrap, tmp_path):
 
 
 def test_a_label_for_a_picture_that_needs_none_is_no_matter(tmp_path):
-    blind = Unlabelled(NetDenoiser(UNet(1, 8, (1, 2), 1, ()), CosineSchedule(), predict_v)).eval()
+    blind = Unconditional(NetDenoiser(UNet(1, 8, (1, 2), 1, ()), CosineSchedule(), predict_v)).eval()
     assert generate(tmp_path / "a.npz", blind, ddim, time_grid(2), 5, (1, 8, 8), cond={"y": LATE})
 
 
 @pytest.mark.parametrize("shape", [(5,), (0, 1, 8, 8), (5, 0, 8, 8)])
 def test_shapes_of_a_message_are_refused_at_the_door(shape):
     with pytest.raises(ValueError, match="^shape: expected"):
-        lossless_decode(LosslessCodec(Untouched(), time_grid(4), 17, large, classes=3), b"\1" * 400, shape)
+        lossless_decode(LosslessCodec(Untouched(), time_grid(4), 17, fixed_large, classes=3), b"\1" * 400, shape)
 
 
 def test_times_of_a_codec_are_refused_at_the_door():
-    rising = LosslessCodec(Untouched(), time_grid(4).flip(0), 17, large, classes=3)
+    rising = LosslessCodec(Untouched(), time_grid(4).flip(0), 17, fixed_large, classes=3)
     for attempt in (
         lambda: lossless_encode(rising, FIVE, LATE % 3),
         lambda: lossless_decode(rising, b"", (5, 1, 8, 8)),
@@ -805,7 +805,7 @@ def test_times_of_a_codec_are_refused_at_the_door():
 
 
 def test_the_label_that_means_any_cannot_be_sent():
-    codec = LosslessCodec(Untouched(), time_grid(4), 17, large, classes=3, initial=600)
+    codec = LosslessCodec(Untouched(), time_grid(4), 17, fixed_large, classes=3, initial=600)
     with pytest.raises(ValueError, match="^y: expected integer labels from 0 to 2"):
         lossless_encode(codec, FIVE, LATE.clamp(max=3))
 

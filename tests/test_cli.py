@@ -24,7 +24,7 @@ from diffusion_nb.cli.main import main
 from diffusion_nb.cli.samplers import SAMPLERS
 from diffusion_nb.data import digits
 from diffusion_nb.denoisers import Clip
-from diffusion_nb.grids import stop_early
+from diffusion_nb.grids import truncated_grid
 from diffusion_nb.likelihood.bits import bits_per_dim
 from diffusion_nb.likelihood.continuous import vdm_bits
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser
@@ -33,7 +33,7 @@ from diffusion_nb.recipes.diffusion import recipe
 from diffusion_nb.recipes.vdm import vdm_denoiser
 from diffusion_nb.schedules import CosineSchedule
 from diffusion_nb.training.folder import PictureFolder
-from diffusion_nb.variances import large
+from diffusion_nb.variances import fixed_large
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_bits_are_those_of_the_library(tmp_path, monkeypatch):
     )
     out = tmp_path / "bits.json"
     assert main(["bits", "--n", "3", "--steps", "4", "--end", "0.1", "--device", "cpu", "--out", str(out)]) == 0
-    want = bits_per_dim(Clip(exact), digits().x_test[:3], stop_early(4, 0.1), levels=17, var=large)
+    want = bits_per_dim(Clip(exact), digits().x_test[:3], truncated_grid(4, 0.1), levels=17, var=fixed_large)
     about = json.loads(out.read_text())
     assert about["bits_per_dim"] == pytest.approx(want.total.mean().item(), rel=1e-9)
     assert about["bits_per_dim"] == pytest.approx(

@@ -14,50 +14,50 @@ from torch import nn
 
 from diffusion_nb.data import digits
 from diffusion_nb.denoisers import (
-    AsVE,
     Clip,
     Consistency,
-    Guess,
+    DenoiserConsistency,
     NetDenoiser,
+    VEView,
     boundary_scalings,
     predict_eps,
     predict_v,
     predict_x0,
 )
 from diffusion_nb.experiments.consistency import SIGMAS
-from diffusion_nb.grids import edm_grid, noise_times, time_grid
+from diffusion_nb.grids import edm_grid, sigma_grid, time_grid
 from diffusion_nb.losses.consistency import (
-    absolute,
     consistency_distillation,
     consistency_training,
     equal_weight,
     euler_step,
     heun_step,
     inverse_gap,
+    mae,
+    mse,
     perceptual,
     pseudo_huber,
-    squared,
 )
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
 from diffusion_nb.models.model import About, Model
-from diffusion_nb.nets.classifier import Judge
+from diffusion_nb.nets.classifier import DigitClassifier
 from diffusion_nb.nets.mlp import ScoreMLP
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.consistency import train_consistency
 from diffusion_nb.recipes.diffusion import recipe, recipe_denoiser
-from diffusion_nb.samplers.consistency import consistency_sample, keep, keep_means
+from diffusion_nb.samplers.consistency import consistency_sample, inpaint, super_resolve
 from diffusion_nb.samplers.heun import heun
 from diffusion_nb.samplers.linear import ddim
 from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
     EDMSchedule,
-    RelativeNoise,
+    RescaledSchedule,
     VESchedule,
     VPSchedule,
     linear_betas,
 )
-from diffusion_nb.time_samplers import Levels, doubling, log_normal, steady
+from diffusion_nb.time_samplers import LevelSampler, constant_levels, doubling_levels, log_normal
 from diffusion_nb.training.trainer import Trainer
 
 F64 = torch.float64
@@ -77,7 +77,7 @@ def stop_grid(n, smallest=0.02, largest=10.0):
 
 
 def test_times_of_given_noise():
-    ts = noise_times(SCHEDULE, 80.0, 5.0, 0.3)
+    ts = sigma_grid(SCHEDULE, 80.0, 5.0, 0.3)
     assert ts[-1] == 0
     torch.testing.assert_close(SCHEDULE(ts[:-1])[1], torch.tensor([80.0, 5.0, 0.3], dtype=F64), rtol=1e-12, atol=0)
 
@@ -109,10 +109,10 @@ def test_sampling_is_theirs(steps, monkeypatch):
     sigmas = theirs.sigmas.double()
     sigmas[-1] = 0.002  # which they round to float32
     theirs.sigmas = sigmas
-    end = noise_times(SCHEDULE, 0.002)[0].item()
+    end = sigma_grid(SCHEDULE, 0.002)[0].item()
     assert type(network().smallest) is float
     f = network(end=end, sigma_data=0.5)
-    ts = torch.cat([noise_times(SCHEDULE, *sigmas[:-1].tolist())[:-1], torch.tensor([end], dtype=F64)])
+    ts = torch.cat([sigma_grid(SCHEDULE, *sigmas[:-1].tolist())[:-1], torch.tensor([end], dtype=F64)])
     got = consistency_sample(f, 79 * NOISE(0), ts, noise=NOISE)
     drawn = iter(range(1, steps + 1))
     monkeypatch.setattr(scheduling_consistency_models, "randn_tensor", lambda *_, **__: NOISE(next(drawn)))
@@ -130,7 +130,7 @@ def test_sampling_is_theirs(steps, monkeypatch):
 @given(
     st.floats(0, 0.9),
     st.floats(0.1, 3),
-    st.sampled_from([SCHEDULE, VESchedule(), RelativeNoise(CosineSchedule())]),
+    st.sampled_from([SCHEDULE, VESchedule(), RescaledSchedule(CosineSchedule())]),
 )
 def test_nothing_is_changed_at_the_end(end, sigma_data, schedule):
     f = network(end=end, sigma_data=sigma_data, schedule=schedule)
@@ -150,9 +150,9 @@ def test_a_denoiser_has_the_form(predict):
     "It leaves x as it is where there is no noise; one that predicts x0 does not."
     torch.manual_seed(1)
     schedule, t0 = DDPMSchedule(linear_betas()), torch.tensor(0.0, dtype=F64)
-    f = Guess(NetDenoiser(ScoreMLP(2, 16), schedule, predict).double())
+    f = DenoiserConsistency(NetDenoiser(ScoreMLP(2, 16), schedule, predict).double())
     torch.testing.assert_close(f(NOISE(0), t0), NOISE(0), rtol=0, atol=1e-12)
-    plain = Guess(NetDenoiser(ScoreMLP(2, 16), schedule, predict_x0).double())
+    plain = DenoiserConsistency(NetDenoiser(ScoreMLP(2, 16), schedule, predict_x0).double())
     assert (plain(NOISE(0), t0) - NOISE(0)).abs().max() > 0.1
     assert f.smallest == 0
 
@@ -201,10 +201,10 @@ class Walk(nn.Module):
 @pytest.mark.parametrize("step", [euler_step, heun_step])
 def test_the_solvers_walk_has_no_loss_and_others_have(step):
     ts = stop_grid(7)
-    levels = Levels(steady(ts))
+    levels = LevelSampler(constant_levels(ts))
     x0, eps = MIXTURE.sample(20)[0], NOISE(0)
     for t in ts[:-1]:
-        loss = consistency_distillation(TEACHER, levels, step, absolute, weight=equal_weight)
+        loss = consistency_distillation(TEACHER, levels, step, mae, weight=equal_weight)
         assert loss(Walk(ts, step), x0, t.expand(20), eps).abs().max() < 1e-12
     other = heun_step if step is euler_step else euler_step
     assert loss(Walk(ts, other), x0, ts[0].expand(20), eps).max() > 1e-4
@@ -213,7 +213,7 @@ def test_the_solvers_walk_has_no_loss_and_others_have(step):
 def test_training_is_distillation_with_the_known_noise():
     "The lower point is x0 + sigma_s eps; written out here."
     ts, f = stop_grid(5), network()
-    levels, x0, eps = Levels(steady(ts)), MIXTURE.sample(20)[0], NOISE(0)
+    levels, x0, eps = LevelSampler(constant_levels(ts)), MIXTURE.sample(20)[0], NOISE(0)
     t, s = ts[1].expand(20), ts[2]
     want = f(x0 + SCHEDULE(t[0])[1] * eps, t) - f(x0 + SCHEDULE(s)[1] * eps, s)
     gap = SCHEDULE(t[0])[1] - SCHEDULE(s)[1]
@@ -227,11 +227,11 @@ def test_no_gradient_through_the_target():
     f, other, ts = network(), network(seed=5), stop_grid(5)
     x0, eps, t = MIXTURE.sample(20)[0], NOISE(0), ts[0].expand(20)
     for make in (consistency_training, partial(consistency_distillation, TEACHER)):
-        loss = make(Levels(steady(ts)), target=other)(f, x0, t, eps).sum()
+        loss = make(LevelSampler(constant_levels(ts)), target=other)(f, x0, t, eps).sum()
         loss.backward()
         assert all(p.grad is None for p in other.parameters()) and all(p.grad is not None for p in f.parameters())
-        own = make(Levels(steady(ts)))(f, x0, t, eps).sum()
-        frozen = make(Levels(steady(ts)), target=network())(f, x0, t, eps).sum()  # the same weights
+        own = make(LevelSampler(constant_levels(ts)))(f, x0, t, eps).sum()
+        frozen = make(LevelSampler(constant_levels(ts)), target=network())(f, x0, t, eps).sum()  # the same weights
         for a, b in zip(*(torch.autograd.grad(v, list(f.parameters())) for v in (own, frozen)), strict=True):
             torch.testing.assert_close(a, b)
 
@@ -241,8 +241,8 @@ def test_gradients_meet_as_the_grid_grows():
     x0, eps = MIXTURE.sample(n)[0], Noise(range(n), (2,), dtype=F64)(0)
 
     def gradient(make, h):
-        ts = noise_times(SCHEDULE, 1.0, 1.0 - h)[:-1]
-        loss = make(Levels(steady(ts)))(f, x0, ts[:1].expand(n), eps)
+        ts = sigma_grid(SCHEDULE, 1.0, 1.0 - h)[:-1]
+        loss = make(LevelSampler(constant_levels(ts)))(f, x0, ts[:1].expand(n), eps)
         return torch.cat(
             [
                 torch.autograd.grad(v, list(f.parameters()), retain_graph=True)[0].flatten()
@@ -281,14 +281,14 @@ def test_huber_c_of_the_paper():
 
 def test_distances_are_means_over_the_coordinates():
     a, b = torch.tensor([[1.0, -2.0], [3.0, 3.0]]), torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    assert squared(a, b).tolist() == [2.5, 0.5] and absolute(a, b).tolist() == [1.5, 0.5]
+    assert mse(a, b).tolist() == [2.5, 0.5] and mae(a, b).tolist() == [1.5, 0.5]
 
 
 def test_perceptual_sees_shape_and_not_itself():
     torch.manual_seed(0)
-    judge = Judge(8)
+    judge = DigitClassifier(8)
     assert judge.head.in_features == judge.features(torch.zeros(1, 1, 8, 8)).shape[1] == 16
-    distance = perceptual(Judge(8).eval().requires_grad_(False))
+    distance = perceptual(DigitClassifier(8).eval().requires_grad_(False))
     x = digits().x[:40]
     assert distance(x, x).abs().max() == 0
     assert (distance(x, x.roll(1, 0)) > distance(x, (x + 0.01).clamp(-1, 1))).all()
@@ -307,7 +307,7 @@ def test_weights():
 @given(st.integers(1, 60), st.integers(0, 1000))
 def test_levels_are_steps_of_the_grid(n, seed):
     ts = edm_grid(SCHEDULE, n + 1, 0.02, 80)
-    levels = Levels(steady(ts))
+    levels = LevelSampler(constant_levels(ts))
     u = torch.rand(50, generator=torch.Generator().manual_seed(seed), dtype=F64)
     t = levels(u)
     i = (ts[:, None] == t).nonzero()
@@ -320,7 +320,7 @@ def test_each_step_is_as_likely_as_asked():
     ts = edm_grid(SCHEDULE, 10, 0.02, 80)
     u = (torch.arange(100_000, dtype=F64) + 0.5) / 100_000
     for density in (None, log_normal(SCHEDULE)):
-        drawn = Levels(steady(ts), density)(u)
+        drawn = LevelSampler(constant_levels(ts), density)(u)
         share = torch.stack([(drawn == t).double().mean() for t in ts[:-1]])
         odds = torch.ones(10, dtype=F64) if density is None else density(ts)
         torch.testing.assert_close(share, odds / odds.sum(), rtol=0, atol=2e-5)
@@ -332,9 +332,9 @@ def test_each_step_is_as_likely_as_asked():
 
 
 def test_the_grid_grows_by_doubling():
-    count = doubling(lambda n: n, 10, 80, 400)
+    count = doubling_levels(lambda n: n, 10, 80, 400)
     assert [count(k) for k in (0, 99, 100, 199, 200, 300, 399, 400)] == [10, 10, 20, 20, 40, 80, 80, 80]
-    levels = Levels(doubling(lambda n: edm_grid(SCHEDULE, n, 0.02, 80), 2, 8, 3))
+    levels = LevelSampler(doubling_levels(lambda n: edm_grid(SCHEDULE, n, 0.02, 80), 2, 8, 3))
     for k, n in enumerate((2, 4, 8, 8)):
         levels(torch.rand(4, dtype=F64), k)
         assert len(levels.rising) == n + 1
@@ -344,7 +344,7 @@ def test_looking_at_a_batch_changes_nothing():
     "Drawing is a function of the step: a hook that draws leaves the training as it is, while the grid grows."
     ends = []
     for hooks in ([], [lambda trainer: list(trainer.batches(trainer.step))]):
-        levels = Levels(doubling(lambda n: edm_grid(SCHEDULE, n, 0.02, 80), 2, 16, 12))
+        levels = LevelSampler(doubling_levels(lambda n: edm_grid(SCHEDULE, n, 0.02, 80), 2, 16, 12))
         own = dict(
             steps=12,
             batch=8,
@@ -364,7 +364,7 @@ def test_the_number_of_the_step_survives_a_kill(tmp_path):
 
     def trainer(checkpoint=None):
         f = network().float()
-        levels = Levels(doubling(lambda n: edm_grid(SCHEDULE, n, 0.02, 80), 2, 16, 12))
+        levels = LevelSampler(doubling_levels(lambda n: edm_grid(SCHEDULE, n, 0.02, 80), 2, 16, 12))
         return Trainer(
             f,
             x0,
@@ -396,7 +396,7 @@ def test_the_number_of_the_step_survives_a_kill(tmp_path):
 def test_calls_noise_and_callbacks():
     f, seen, asked = network(), [], []
     f.register_forward_pre_hook(lambda m, args: asked.append(float(args[1])))
-    ts = noise_times(SCHEDULE, 80.0, 5.0, 1.0)
+    ts = sigma_grid(SCHEDULE, 80.0, 5.0, 1.0)
     x = consistency_sample(f, 80 * NOISE(0), ts, noise=NOISE, callback=lambda i, x: seen.append((i, x)))
     assert asked == ts[:-1].tolist() and [i for i, _ in seen] == [0, 1, 2] and seen[-1][1].equal(x)
     y = f(80 * NOISE(0), ts[0])
@@ -405,7 +405,7 @@ def test_calls_noise_and_callbacks():
 
 
 def test_a_picture_depends_on_its_seed_alone():
-    f, few, ts = network(), Noise([5, 17], (2,), dtype=F64), noise_times(SCHEDULE, 80.0, 5.0)
+    f, few, ts = network(), Noise([5, 17], (2,), dtype=F64), sigma_grid(SCHEDULE, 80.0, 5.0)
     both = [consistency_sample(f, 80 * n(0), ts, noise=n) for n in (NOISE, few)]
     torch.testing.assert_close(both[0][[5, 17]], both[1], rtol=0, atol=1e-12)
 
@@ -414,22 +414,22 @@ def test_edits():
     x, known = Noise(range(5), (1, 8, 8))(0), Noise(range(5), (1, 8, 8))(1)
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[:4] = True
-    out = keep(known, mask)(x)
+    out = inpaint(known, mask)(x)
     assert out[:, :, :4].equal(known[:, :, :4]) and out[:, :, 4:].equal(x[:, :, 4:])
     coarse = nn.functional.avg_pool2d(known, 2)
-    out = keep_means(coarse)(x)
+    out = super_resolve(coarse)(x)
     torch.testing.assert_close(nn.functional.avg_pool2d(out, 2), coarse, rtol=0, atol=1e-6)
-    torch.testing.assert_close(keep_means(coarse)(out), out, rtol=0, atol=1e-6)
-    torch.testing.assert_close(keep_means(nn.functional.avg_pool2d(x, 2))(x), x, rtol=0, atol=1e-6)
-    f, ts = network(), noise_times(SCHEDULE, 80.0, 5.0)
+    torch.testing.assert_close(super_resolve(coarse)(out), out, rtol=0, atol=1e-6)
+    torch.testing.assert_close(super_resolve(nn.functional.avg_pool2d(x, 2))(x), x, rtol=0, atol=1e-6)
+    f, ts = network(), sigma_grid(SCHEDULE, 80.0, 5.0)
     mask = torch.tensor([True, False])
-    got = consistency_sample(f, 80 * NOISE(0), ts, noise=NOISE, edit=keep(NOISE(7), mask))
+    got = consistency_sample(f, 80 * NOISE(0), ts, noise=NOISE, edit=inpaint(NOISE(7), mask))
     assert got[:, 0].equal(NOISE(7)[:, 0]) and not got[:, 1].equal(NOISE(7)[:, 1])
 
 
 def test_sigmas_of_the_book_fall():
     for n, sigmas in SIGMAS.items():
-        assert len(sigmas) == n and (noise_times(RelativeNoise(CosineSchedule()), *sigmas).diff() < 0).all()
+        assert len(sigmas) == n and (sigma_grid(RescaledSchedule(CosineSchedule()), *sigmas).diff() < 0).all()
 
 
 # the trainers
@@ -449,7 +449,7 @@ def test_a_model_from_the_folder_of_a_teacher(tmp_path, monkeypatch, distil, cla
     again = Model.load(tmp_path / "consistency").denoiser
     y = dict(y=torch.arange(3)) if classes else {}
     x, z = (
-        consistency_sample(g.eval(), 40 * Noise(range(3), (1, 8, 8))(0), noise_times(g.schedule, 40.0), **y)
+        consistency_sample(g.eval(), 40 * Noise(range(3), (1, 8, 8))(0), sigma_grid(g.schedule, 40.0), **y)
         for g in (f, again)
     )
     assert torch.isfinite(x).all() and x.equal(z)
@@ -463,20 +463,22 @@ def test_bad_schedules():
         with pytest.raises(ValueError, match="expected a schedule with alpha = 1"):
             network(schedule=schedule)
         with pytest.raises(ValueError, match="expected a schedule with alpha = 1"):
-            consistency_distillation(GMMDenoiser(MIXTURE, schedule), Levels(steady(stop_grid(3))))
-    consistency_distillation(AsVE(Clip(GMMDenoiser(MIXTURE, VPSchedule()))), Levels(steady(stop_grid(3))))
+            consistency_distillation(GMMDenoiser(MIXTURE, schedule), LevelSampler(constant_levels(stop_grid(3))))
+    consistency_distillation(
+        VEView(Clip(GMMDenoiser(MIXTURE, VPSchedule()))), LevelSampler(constant_levels(stop_grid(3)))
+    )
 
 
 def test_bad_levels():
     for ts in (time_grid(5).flip(0), torch.ones(3), torch.ones(1), torch.ones(2, 2)):
         with pytest.raises(ValueError, match="times that fall"):
-            Levels(steady(ts))
+            LevelSampler(constant_levels(ts))
     with pytest.raises(ValueError, match="above the lowest level"):
-        Levels(steady(stop_grid(3))).below(stop_grid(3)[-1:])
+        LevelSampler(constant_levels(stop_grid(3))).below(stop_grid(3)[-1:])
 
 
 def test_bad_sampling():
-    f, ts = network(), noise_times(SCHEDULE, 80.0, 5.0)
+    f, ts = network(), sigma_grid(SCHEDULE, 80.0, 5.0)
     with pytest.raises(ValueError, match="puts noise back, so say which"):
         consistency_sample(f, NOISE(0), ts)
     with pytest.raises(ValueError, match="times that fall"):
@@ -485,4 +487,4 @@ def test_bad_sampling():
         consistency_sample(f, NOISE(0) / 0, ts, noise=NOISE)
     with pytest.raises(ValueError, match="shaped like x"):
         consistency_sample(f, NOISE(0)[:3], ts, noise=NOISE)
-    consistency_sample(f, NOISE(0), noise_times(SCHEDULE, 80.0))  # one step needs none
+    consistency_sample(f, NOISE(0), sigma_grid(SCHEDULE, 80.0))  # one step needs none

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusion_nb.book.claims import monte_carlo
-from diffusion_nb.denoisers import Clip, Denoiser, Pred
+from diffusion_nb.denoisers import Clip, Denoiser, Prediction
 from diffusion_nb.forward import posterior_steps, q_sample
 from diffusion_nb.grids import logsnr_grid, quadratic_grid, time_grid
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
@@ -20,7 +20,7 @@ from diffusion_nb.schedules import (
     cosine_betas,
     linear_betas,
 )
-from diffusion_nb.util.checks import like
+from diffusion_nb.util.checks import expand_as
 
 F64, T, S = torch.float64, 1000, 20
 NOISE = Noise(range(8), (2,), dtype=F64)
@@ -59,8 +59,8 @@ class Knows(Denoiser):
 
     def forward(self, x_t, t):
         self.times.append(float(t))
-        alpha, sigma = (like(c, x_t) for c in self.schedule(t))
-        return Pred(x_t, alpha, sigma, self.x0)
+        alpha, sigma = (expand_as(c, x_t) for c in self.schedule(t))
+        return Prediction(x_t, alpha, sigma, self.x0)
 
 
 # diffusers

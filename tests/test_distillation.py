@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_nb.data import Pictures
-from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Pred, predict_v
+from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Prediction, predict_v
 from diffusion_nb.forward import q_sample
 from diffusion_nb.guidance import CFG
-from diffusion_nb.losses.distillation import any_weight, distill_target, distillation_loss, guided_loss
+from diffusion_nb.losses.distillation import distill_target, distillation_loss, guided_loss, random_guidance_weight
 from diffusion_nb.losses.simple import ones, truncated_snr
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
-from diffusion_nb.nets.conditioning import Told
+from diffusion_nb.nets.conditioning import GuidanceConditionedUNet
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes import distillation as recipes
@@ -24,7 +24,7 @@ from diffusion_nb.samplers.linear import ddim, ddim_step
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
 from diffusion_nb.time_samplers import chain_times
 from diffusion_nb.training.distill import distill, halvings
-from diffusion_nb.util.checks import like
+from diffusion_nb.util.checks import expand_as
 
 F64 = torch.float64
 NOISE = Noise(range(8), (2,), dtype=F64)
@@ -55,10 +55,10 @@ class Perfect(Denoiser):
         self.teacher, self.schedule, self.n = teacher, teacher.schedule, n
 
     def forward(self, x_t, t, **cond):
-        alpha, sigma = (like(c, x_t) for c in self.schedule(t))
+        alpha, sigma = (expand_as(c, x_t) for c in self.schedule(t))
         t = torch.as_tensor(t, dtype=F64)
         want = distill_target(self.teacher, x_t, t, t - 0.5 / self.n, (t - 1 / self.n).clamp(min=0), **cond)
-        return Pred(x_t, alpha, sigma, want)
+        return Prediction(x_t, alpha, sigma, want)
 
 
 # the target
@@ -77,7 +77,7 @@ def test_one_step_lands_where_two_do(which, t, middle, end, seed):
     down = torch.tensor([t, t * (end + (1 - end) * middle), t * end], dtype=F64)
     teacher, x = GMMDenoiser(MIXTURE, schedule), states(schedule, t, seed)
     alpha, sigma = schedule(down[0])
-    landed = ddim_step(Pred(x, alpha, sigma, distill_target(teacher, x, *down)), schedule, down[2])
+    landed = ddim_step(Prediction(x, alpha, sigma, distill_target(teacher, x, *down)), schedule, down[2])
     torch.testing.assert_close(landed, ddim(teacher, x, down), rtol=1e-11, atol=1e-11)
 
 
@@ -267,7 +267,7 @@ def test_students_of_another_teacher_are_not_taken_for_those_of_this_one(tmp_pat
 def test_who_is_told_w_starts_deaf_and_learns_to_listen(patch):
     model = network(patch=patch)
     t, y, x = torch.tensor(0.5, dtype=F64), LABELS[:4], PICTURES[:4]
-    told = NetDenoiser(Told(model.net, 4.0), model.schedule, model.predict)
+    told = NetDenoiser(GuidanceConditionedUNet(model.net, 4.0), model.schedule, model.predict)
     for w in (0.0, 4.0, torch.tensor([0.0, 1.0, 2.0, 4.0])):
         torch.testing.assert_close(told(x, t, y=y, w=w).x0, model(x, t, y=y).x0, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
@@ -300,7 +300,7 @@ def test_guided_loss_is_nought_for_cfg_and_only_for_its_w():
 
 def test_any_weight_draws_w_anew_for_each_sample():
     seen = []
-    loss = any_weight(lambda denoiser, x0, t, eps, w, y: seen.append((w, y, t, eps)), most=3.0)
+    loss = random_guidance_weight(lambda denoiser, x0, t, eps, w, y: seen.append((w, y, t, eps)), most=3.0)
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         loss(None, torch.zeros(2000, 1), "t", "eps", y="kept")
@@ -350,7 +350,7 @@ def test_times_out_of_order():
 
 @pytest.mark.parametrize("w", [-0.1, 4.1, float("nan")])
 def test_a_weight_that_was_not_learned(w):
-    told = NetDenoiser(Told(network().net), CosineSchedule(), predict_v)
+    told = NetDenoiser(GuidanceConditionedUNet(network().net), CosineSchedule(), predict_v)
     with pytest.raises(ValueError, match="w: this network knows weights from 0 to 4"):
         told(PICTURES[:2], torch.tensor(0.5), y=LABELS[:2], w=w)
 

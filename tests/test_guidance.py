@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffusion_nb.data import digits
-from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Pred, predict_v
+from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Prediction, predict_v
 from diffusion_nb.experiments.digits import variety
 from diffusion_nb.forward import q_sample
-from diffusion_nb.grids import few_times, time_grid
-from diffusion_nb.guidance import CFG, AutoGuidance, ClassifierGuidance, Unlabelled, interval
+from diffusion_nb.grids import even_logsnr_grid, time_grid
+from diffusion_nb.guidance import CFG, AutoGuidance, ClassifierGuidance, Unconditional, interval
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
 from diffusion_nb.nets.classifier import NoisyClassifier, classifier_loss
 from diffusion_nb.nets.unet import UNet
@@ -59,7 +59,7 @@ class Echo(Denoiser):
         self.calls.append((len(x_t), t, y, cond))
         alpha, sigma = (c.reshape(-1, 1) if c.ndim else c for c in self.schedule(t))
         said = y.to(x_t.dtype).reshape(len(x_t), -1)[:, :1].expand_as(x_t)
-        return Pred(x_t, alpha, sigma, said, -said)
+        return Prediction(x_t, alpha, sigma, said, -said)
 
 
 # diffusers
@@ -99,7 +99,7 @@ def test_bayes(name):
     best = GMMDenoiser(MIXTURE, SCHEDULES[name])
     for t in (torch.tensor(0.2, dtype=F64), torch.linspace(0.2, 0.9, 12, dtype=F64)):
         x = states(best.schedule, t)
-        got = ClassifierGuidance(Unlabelled(best, ANY), read_off(best))(x, t, y=Y)
+        got = ClassifierGuidance(Unconditional(best, ANY), read_off(best))(x, t, y=Y)
         torch.testing.assert_close(got.x0, best(x, t, y=Y).x0, rtol=1e-9, atol=1e-9)
 
 
@@ -112,7 +112,7 @@ def test_cfg_is_guidance_by_the_implicit_classifier(name):
         torch.testing.assert_close(
             got.x0, ClassifierGuidance(best, read_off(best), w)(x, t, y=Y).x0, rtol=1e-9, atol=1e-9
         )
-        torch.testing.assert_close(got.x0, AutoGuidance(best, Unlabelled(best, ANY), w)(x, t, y=Y).x0)
+        torch.testing.assert_close(got.x0, AutoGuidance(best, Unconditional(best, ANY), w)(x, t, y=Y).x0)
 
 
 @given(w=st.floats(-3, 20), t=st.floats(0.05, 1), name=st.sampled_from(sorted(SCHEDULES)))
@@ -147,7 +147,7 @@ def test_one_call_with_everything_doubled():
         4,
         3,
     )
-    assert pred.aux[:, 0].tolist() == [-1, -2, -3, -4]  # that of the half that was told y
+    assert pred.extra[:, 0].tolist() == [-1, -2, -3, -4]  # that of the half that was told y
 
 
 def test_guidance_adds_nothing_to_what_is_saved():
@@ -170,11 +170,11 @@ def test_labels_may_be_sequences():
 
 def test_unlabelled():
     echo = Echo()
-    Unlabelled(echo, 10)(torch.zeros(2, 3), HALF, y=torch.tensor([1, 2]))
+    Unconditional(echo, 10)(torch.zeros(2, 3), HALF, y=torch.tensor([1, 2]))
     assert echo.calls[0][2].tolist() == [10, 10]
     net = NetDenoiser(UNet(1, 4, (1,), 1, ()), CosineSchedule(), predict_v)  # a network without classes
     x = torch.zeros(2, 1, 8, 8)
-    assert Unlabelled(net)(x, HALF, y=torch.tensor([1, 2])).x0.equal(net(x, HALF).x0)
+    assert Unconditional(net)(x, HALF, y=torch.tensor([1, 2])).x0.equal(net(x, HALF).x0)
 
 
 def test_interval():
@@ -205,7 +205,7 @@ def test_gradients():
 
 
 def test_clip_around_guidance_holds_the_walk():
-    best, ts = GMMDenoiser(MIXTURE, CosineSchedule()), few_times(CosineSchedule(), 10)
+    best, ts = GMMDenoiser(MIXTURE, CosineSchedule()), even_logsnr_grid(CosineSchedule(), 10)
     wild = dpmpp_2m(CFG(best, 8.0, ANY), NOISE(0), ts, y=Y)
     held = dpmpp_2m(Clip(CFG(best, 8.0, ANY), -0.5, 0.5), NOISE(0), ts, y=Y)
     assert wild.abs().max() > 1 and held.abs().max() < 0.51

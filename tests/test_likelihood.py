@@ -12,17 +12,25 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
 
-from diffusion_nb.denoisers import Denoiser, MeanDenoiser, NetDenoiser, Pred, predict_eps
+from diffusion_nb.denoisers import Denoiser, MeanDenoiser, NetDenoiser, Prediction, predict_eps
 from diffusion_nb.forward import posterior_steps, q_posterior
-from diffusion_nb.grids import stop_early, time_grid
-from diffusion_nb.likelihood.bits import Bits, bits_per_dim, fitted
-from diffusion_nb.likelihood.lossy import Codec, decode, encode, even_times, pack, unpack, zipf
+from diffusion_nb.grids import time_grid, truncated_grid
+from diffusion_nb.likelihood.bits import Bits, bits_per_dim, fitted_variance
+from diffusion_nb.likelihood.lossy import (
+    Codec,
+    arithmetic_decode,
+    arithmetic_encode,
+    decode,
+    encode,
+    equal_bits_grid,
+    zipf_table,
+)
 from diffusion_nb.losses.bound import (
     bound_loss,
     discretised_log_prob,
     gaussian_kl,
-    guess_kl,
     log_cdf,
+    posterior_kl,
     prior_kl,
     step_kl,
     vlb_weight,
@@ -33,8 +41,8 @@ from diffusion_nb.metrics.features import density_coverage, inception_score, pre
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
 from diffusion_nb.noise import Noise
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
-from diffusion_nb.util.checks import like
-from diffusion_nb.variances import large, small
+from diffusion_nb.util.checks import expand_as
+from diffusion_nb.variances import fixed_large, fixed_small
 
 settings.register_profile("book", derandomize=True, deadline=None, database=None, max_examples=100)
 settings.load_profile("book")
@@ -79,7 +87,7 @@ def test_divergence_is_zero_where_they_agree_and_only_there(mean, var, change, o
 
 
 @schedules
-@pytest.mark.parametrize("var", [small, large])
+@pytest.mark.parametrize("var", [fixed_small, fixed_large])
 def test_a_step_costs_the_divergence_of_the_two_conditionals(f, var):
     x0, eps = draw(4, 3), draw(4, 3, seed=1)
     s, t = F([0.1, 0.3, 0.5, 0.9]), F([0.2, 0.31, 0.9, 1.0])
@@ -87,12 +95,12 @@ def test_a_step_costs_the_divergence_of_the_two_conditionals(f, var):
     x_t = alpha * x0 + sigma * eps
     best = GMMDenoiser(random_mixture(k=3, d=3), f)
     (mean, v), (guess, _) = q_posterior(f, x_t, x0, s, t), q_posterior(f, x_t, best(x_t, t).x0, s, t)
-    model = v if var is small else posterior_steps(f, s, t).large[:, None]
+    model = v if var is fixed_small else posterior_steps(f, s, t).large[:, None]
     want = kl_divergence(Normal(mean, v.sqrt()), Normal(guess, model.sqrt())).sum(1)
     close(step_kl(best, x0, s, t, eps, var), want, rtol=1e-8, atol=0)
     step = posterior_steps(f, s, t)
     step = type(step)._make(c[:, None] for c in step)
-    assert torch.equal(guess_kl(best(x_t, t), x0, step, var), step_kl(best, x0, s, t, eps, var))
+    assert torch.equal(posterior_kl(best(x_t, t), x0, step, var), step_kl(best, x0, s, t, eps, var))
 
 
 @schedules
@@ -104,7 +112,7 @@ def test_the_prior_costs_the_divergence_from_the_noise(f):
 
 
 @schedules
-@pytest.mark.parametrize("var", [small, large])
+@pytest.mark.parametrize("var", [fixed_small, fixed_large])
 def test_weight_of_the_bound(f, var):
     "What an error of the guess adds to the cost of a step, over its square."
     T, t, x0, eps = 30, F([2, 7, 15, 30]) / 30, draw(4, 3), draw(4, 3, seed=1)
@@ -115,7 +123,7 @@ def test_weight_of_the_bound(f, var):
             self.schedule, self.error = f, error
 
         def forward(self, x_t, t):
-            return Pred(x_t, *(like(c, x_t) for c in self.schedule(t)), x0 + self.error)
+            return Prediction(x_t, *(expand_as(c, x_t) for c in self.schedule(t)), x0 + self.error)
 
     costs = [step_kl(Off(error), x0, t - 1 / T, t, eps, var) for error in (0.0, 0.5)]
     close(vlb_weight(T, var)(f, t) * 3 * 0.5**2, costs[1] - costs[0], rtol=1e-6, atol=1e-15)
@@ -209,13 +217,16 @@ def by_hand(x0, T, model_var, decoder_var):
     return prior, torch.stack(steps, 1), -(upper - lower).log().sum(1)
 
 
-@pytest.mark.parametrize("var", [small, large])
+@pytest.mark.parametrize("var", [fixed_small, fixed_large])
 def test_bound_of_an_exact_denoiser_by_hand(var):
     x0 = X.double() * 0.5
     x0 = (x0 * 8).round() / 8  # near the mixture
     got = bits_per_dim(EXACT, x0, time_grid(30), levels=17, var=var, decoder_var=lambda pred, step: 4 * step.large)
     want = by_hand(
-        x0, 30, (lambda beta, post: post) if var is small else (lambda beta, post: beta), lambda beta: 4 * beta
+        x0,
+        30,
+        (lambda beta, post: post) if var is fixed_small else (lambda beta, post: beta),
+        lambda beta: 4 * beta,
     )
     bit = math.log(2) * 2
     close(got.prior * bit, want[0], rtol=1e-6, atol=1e-12)
@@ -259,7 +270,7 @@ def test_each_step_has_its_noise():
 def test_variance_may_be_a_tensor():
     full = bits_per_dim(EXACT, X, time_grid(5), levels=17, var=lambda pred, step: pred.x0 * 0 + step.large,
                         decoder_var=lambda pred, step: pred.x0 * 0 + step.large)  # fmt: skip
-    close(full.total, bits_per_dim(EXACT, X, time_grid(5), levels=17, var=large).total)
+    close(full.total, bits_per_dim(EXACT, X, time_grid(5), levels=17, var=fixed_large).total)
 
 
 BITS = Bits(F([0.1, 0.3]), F([[1.0, 2, 4], [3, 4, 6]]), F([0.5, 1.5]), F([[4.0, 3, 2, 1], [2, 1, 0, 1]]),
@@ -275,18 +286,18 @@ def test_sums_of_the_parts():
 def test_times_of_equal_bits():
     # rates 0.2 2.2 5.2 10.2 at 1 0.8 0.4 0.2; goals 0 2.55 5.1 7.65 10.2, then 0 2.6 5.2
     want = F([1.0, 0.8 - 0.4 * 0.35 / 3, 0.8 - 0.4 * 2.9 / 3, 0.4 - 0.2 * 2.45 / 5, 0.2])
-    close(even_times(BITS, 4, 10.2 / 11.2), want)
-    close(even_times(BITS, 2, 5.2 / 11.2), F([1.0, 0.8 - 0.4 * 0.4 / 3, 0.4]))
+    close(equal_bits_grid(BITS, 4, 10.2 / 11.2), want)
+    close(equal_bits_grid(BITS, 2, 5.2 / 11.2), F([1.0, 0.8 - 0.4 * 0.4 / 3, 0.4]))
 
 
 def test_stop_early():
-    close(stop_early(4, 0.1), F([1.0, 0.7, 0.4, 0.1, 0.0]))
-    close(stop_early(4, 0), F([1.0, 0.75, 0.5, 0.25, 0.0]))
+    close(truncated_grid(4, 0.1), F([1.0, 0.7, 0.4, 0.1, 0.0]))
+    close(truncated_grid(4, 0), F([1.0, 0.75, 0.5, 0.25, 0.0]))
 
 
 def test_fitted_variance_is_the_best_for_what_it_was_fitted_on():
     ts = time_grid(8)
-    best = fitted(bits_per_dim(EXACT, X.double(), ts, levels=17, var=large))
+    best = fitted_variance(bits_per_dim(EXACT, X.double(), ts, levels=17, var=fixed_large))
 
     def steps(factor):
         return bits_per_dim(EXACT, X.double(), ts, levels=17, var=lambda p, s: factor * best(p, s)).steps.mean(0)
@@ -301,7 +312,7 @@ def test_fitted_variance_is_the_best_for_what_it_was_fitted_on():
 # the bound as a loss
 
 
-@pytest.mark.parametrize("var", [small, large])
+@pytest.mark.parametrize("var", [fixed_small, fixed_large])
 def test_the_loss_over_all_times_is_the_bound(var):
     T, x0 = 12, X.double()
     want = bits_per_dim(EXACT, x0, time_grid(T), levels=17, var=var)
@@ -333,7 +344,9 @@ class Linear(nn.Module):
         return self.w * x
 
 
-@pytest.mark.parametrize("var", [small, large, lambda pred, step: (step.small * step.large).sqrt() + 0 * pred.x0])
+@pytest.mark.parametrize(
+    "var", [fixed_small, fixed_large, lambda pred, step: (step.small * step.large).sqrt() + 0 * pred.x0]
+)
 def test_gradient_of_the_loss_is_that_of_its_terms(var):
     "Also at the last step, where the variance of the posterior is 0."
     denoiser, T = NetDenoiser(Linear(), DDPMSchedule(BETAS), predict_eps), 30
@@ -351,14 +364,14 @@ def test_gradient_of_the_loss_is_that_of_its_terms(var):
 
 # the code
 
-tables = st.builds(zipf, st.integers(1, 60), st.floats(0, 20))
+tables = st.builds(zipf_table, st.integers(1, 60), st.floats(0, 20))
 
 
 @given(st.lists(st.tuples(tables, st.integers(0, 10**6)), max_size=30))
 def test_a_message_stays_in_its_interval_and_is_undone_exactly(pairs):
     pairs = [(table, i % (len(table) - 1)) for table, i in pairs]
     tables, numbers = [table for table, _ in pairs], [i for _, i in pairs]
-    message, low, width = pack(numbers, tables), Fraction(0), Fraction(1)
+    message, low, width = arithmetic_encode(numbers, tables), Fraction(0), Fraction(1)
     for table, i in pairs:
         low, width = (
             low + width * Fraction(table[i], table[-1]),
@@ -367,21 +380,21 @@ def test_a_message_stays_in_its_interval_and_is_undone_exactly(pairs):
     first = Fraction(int(message, 2), 2 ** len(message))  # with zeros after it, or ones:
     assert low <= first and first + Fraction(1, 2 ** len(message)) <= low + width
     assert len(message) <= max(1, 2 - math.log2(width))
-    assert unpack(message, tables) == numbers
+    assert arithmetic_decode(message, tables) == numbers
 
 
 @given(st.lists(st.integers(0, 19), min_size=1, max_size=9), st.integers(0, 10**6), st.text("01", min_size=1))
 def test_digits_lost_or_added_are_noticed(numbers, cut, more):
-    tables = [zipf(20, 3.0)] * len(numbers)
-    message = pack(numbers, tables)
+    tables = [zipf_table(20, 3.0)] * len(numbers)
+    message = arithmetic_encode(numbers, tables)
     for other in (message + more, message[: cut % len(message)] or "0" * (len(message) + 1)):
         with pytest.raises(ValueError, match="the message is damaged, or was made by another codec"):
-            unpack(other, tables)
+            arithmetic_decode(other, tables)
 
 
 @given(st.integers(2, 2000), st.floats(0, 20))
 def test_frequencies_fall_as_a_power(n, bits):
-    counts = [b - a for a, b in pairwise(zipf(n, bits))]
+    counts = [b - a for a, b in pairwise(zipf_table(n, bits))]
     power = 1 + 1 / (bits + 1 / (math.e * math.log(2)) + 1)
     assert len(counts) == n and min(counts) >= 1 and 2**40 <= sum(counts) <= 2**40 + n
     for i in (1, n - 1):
@@ -401,7 +414,8 @@ class Seen(Denoiser):
 
 
 @pytest.mark.parametrize(
-    "candidates, var, y", [(1, small, None), (2, large, 0), (37, small, 2), (500, small, None)]
+    "candidates, var, y",
+    [(1, fixed_small, None), (2, fixed_large, 0), (37, fixed_small, 2), (500, fixed_small, None)],
 )
 def test_what_is_decoded_is_what_was_encoded(candidates, var, y):
     sender, receiver = Seen(EXACT), Seen(EXACT)
@@ -415,7 +429,7 @@ def test_what_is_decoded_is_what_was_encoded(candidates, var, y):
     assert torch.equal(got, EXACT(receiver.states[-1], F(0.1), **cond).x0)
     costs, ts = [], codec.ts
     for x_t, s, t in zip(sender.states, ts[1:], ts[:-1], strict=True):
-        costs.append(guess_kl(EXACT(x_t, t, **cond), X[:1], posterior_steps(EXACT.schedule, s, t), var).item())
+        costs.append(posterior_kl(EXACT(x_t, t, **cond), X[:1], posterior_steps(EXACT.schedule, s, t), var).item())
     assert math.isclose(rate, sum(costs) / math.log(2), rel_tol=1e-5)
 
 
@@ -425,12 +439,12 @@ class Zero(Denoiser):
     schedule = VPSchedule()
 
     def forward(self, x_t, t):
-        return Pred(x_t, *(like(c, x_t) for c in self.schedule(t)), x_t if t < 0.5 else 0 * x_t)
+        return Prediction(x_t, *(expand_as(c, x_t) for c in self.schedule(t)), x_t if t < 0.5 else 0 * x_t)
 
 
 def test_a_state_is_sent_as_if_drawn_from_the_posterior():
     ts = F([1.0, 0.4])
-    codec, n = Codec(Zero(), ts, large, 3.0, 2000), 300
+    codec, n = Codec(Zero(), ts, fixed_large, 3.0, 2000), 300
     step = codec.steps()[0]
     x0 = torch.tensor([[1.0, -1.0]])
     z = []
@@ -444,10 +458,10 @@ def test_a_state_is_sent_as_if_drawn_from_the_posterior():
 
 
 def test_little_news_is_sent_by_the_first_of_the_list():
-    codec = Codec(Zero(), F([1.0, 0.9999]), small, 1.0, 1000)
+    codec = Codec(Zero(), F([1.0, 0.9999]), fixed_small, 1.0, 1000)
     for seed in range(10):
         message, rate = encode(codec, X[:1] * 0, seed)
-        assert rate == 0 and unpack(message, [zipf(1000, 1.0)]) == [0]
+        assert rate == 0 and arithmetic_decode(message, [zipf_table(1000, 1.0)]) == [0]
 
 
 # metrics
@@ -560,7 +574,7 @@ def test_gradient_of_the_loss_is_finite_however_far_the_guess():
 
         def forward(self, x_t, t):
             alpha, sigma = (c.reshape(-1, 1).to(x_t.dtype) for c in self.schedule(t))
-            return Pred(x_t, alpha, sigma, guess)
+            return Prediction(x_t, alpha, sigma, guess)
 
     t = torch.tensor([0.002, 0.5], dtype=torch.float64)
     bound_loss(1000, 17)(Far(), torch.zeros(2, 4), t, torch.ones(2, 4)).sum().backward()

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_nb.denoisers import Pred
+from diffusion_nb.denoisers import Prediction
 from diffusion_nb.forward import q_posterior, q_sample
-from diffusion_nb.grids import stop_early
+from diffusion_nb.grids import truncated_grid
 from diffusion_nb.likelihood.lossless import (
     FLOOR,
     WHOLE,
@@ -26,19 +26,19 @@ from diffusion_nb.losses.bound import discretised_log_prob
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
 from diffusion_nb.noise import Noise
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
-from diffusion_nb.variances import large, small
+from diffusion_nb.variances import fixed_large, fixed_small
 
 settings.register_profile("book", derandomize=True, deadline=None, database=None, max_examples=100)
 settings.load_profile("book")
 
 X = (torch.arange(24).reshape(6, 4) * 7 % 17) / 8 - 1  # 17 levels
 Y = torch.tensor([0, 2, 1, 1, 0, 2])
-TS = stop_early(4, 0.1)
+TS = truncated_grid(4, 0.1)
 
 
 def codec(schedule=None, **options) -> LosslessCodec:
     exact = GMMDenoiser(random_mixture(k=3, d=4), schedule or VPSchedule())
-    return LosslessCodec(exact, TS, 17, large)._replace(**options)
+    return LosslessCodec(exact, TS, 17, fixed_large)._replace(**options)
 
 
 # the stack
@@ -181,7 +181,7 @@ def test_the_variances_are_in_their_places():
 
 def test_few_bits_to_begin_with():
     "In turns, the stack never lends more than the latents of two levels, however many levels there are."
-    c = codec(ts=stop_early(40, 0.1), initial=200)
+    c = codec(ts=truncated_grid(40, 0.1), initial=200)
     assert torch.equal(lossless_decode(c, lossless_encode(c, X[:1]), (1, 4))[0], X[:1])
 
 
@@ -199,7 +199,7 @@ def test_every_flipped_bit_is_noticed(bit):
 
 @pytest.mark.parametrize(
     "other",
-    [dict(fineness=0.3), dict(var=small), dict(ts=stop_early(5, 0.1)), dict(levels=33), dict(initial=1000), dict(classes=4), dict(batch=2)],
+    [dict(fineness=0.3), dict(var=fixed_small), dict(ts=truncated_grid(5, 0.1)), dict(levels=33), dict(initial=1000), dict(classes=4), dict(batch=2)],
     ids=lambda o: next(iter(o)),
 )  # fmt: skip
 def test_another_codec_is_noticed(other):
@@ -226,7 +226,7 @@ def test_another_number_of_pictures_is_noticed(n):
         (dict(ts=TS.flip(0)), X, None, "fall"),
         (dict(ts=TS[:-1]), X, None, "from 1 to 0"),
         (dict(fineness=0.0), X, None, "positive fineness"),
-        (dict(decoder_var=small), X, None, "positive variance"),
+        (dict(decoder_var=fixed_small), X, None, "positive variance"),
     ],
 )  # fmt: skip
 def test_bad_input(options, x, y, message):
@@ -238,7 +238,7 @@ def test_a_guess_that_is_no_number_is_named():
     class Broken(GMMDenoiser):
         def forward(self, x_t, t):
             pred = super().forward(x_t, t)
-            return Pred(x_t, pred.alpha, pred.sigma, pred.x0 / 0)
+            return Prediction(x_t, pred.alpha, pred.sigma, pred.x0 / 0)
 
     with pytest.raises(ValueError, match="the denoiser's guess"):
         lossless_encode(codec(denoiser=Broken(random_mixture(k=3, d=4), VPSchedule())), X)
@@ -247,5 +247,5 @@ def test_a_guess_that_is_no_number_is_named():
 def test_messages_are_short_for_likely_pictures():
     x = (random_mixture(k=3, d=4).sample(50)[0].clamp(-1, 1) * 8).round() / 8
     noise = ((Noise([0], (50, 4))(0)[0].clamp(-1, 1)) * 8).round() / 8
-    c = codec(ts=stop_early(20, 0.1))
+    c = codec(ts=truncated_grid(20, 0.1))
     assert len(lossless_encode(c, x)) < len(lossless_encode(c, noise))

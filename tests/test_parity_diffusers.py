@@ -5,12 +5,12 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.schedulers import scheduling_ddpm
 
-from diffusion_nb.denoisers import Pred
+from diffusion_nb.denoisers import Prediction
 from diffusion_nb.forward import posterior_steps, q_posterior, q_sample
 from diffusion_nb.nets.unet import UNet, parameters
 from diffusion_nb.noise import Noise
 from diffusion_nb.schedules import DDPMSchedule, cosine_betas, linear_betas
-from diffusion_nb.util.checks import like
+from diffusion_nb.util.checks import expand_as
 
 T = 1000
 BETAS = {"linear": linear_betas(T), "squaredcos_cap_v2": cosine_betas(T)}
@@ -78,13 +78,13 @@ def test_one_reverse_step_at_every_time(name, kind, monkeypatch):
         now = noise[i : i + 1]
         want.append(theirs.step(eps[i : i + 1], i, x[i : i + 1]).prev_sample)
 
-    alpha, sigma = (like(c, x) for c in ours(t))
-    pred = Pred(x, alpha, sigma, (x - sigma * eps) / alpha)
+    alpha, sigma = (expand_as(c, x) for c in ours(t))
+    pred = Prediction(x, alpha, sigma, (x - sigma * eps) / alpha)
     mean, _ = q_posterior(ours, x, pred.x0, s, t)
     var = getattr(posterior_steps(ours, s, t), kind) * (
         s > 0
     )  # nothing is added by the step that ends at the data
-    got = mean + like(var.sqrt(), x) * noise
+    got = mean + expand_as(var.sqrt(), x) * noise
     # Theirs loses digits in 1 - ᾱ_t/ᾱ_s = β ≥ 4e-5 (relative error 1e-16 / 4e-5 = 3e-12), and multiplies that by x0,
     # which reaches 2e4 at the end of the cosine chain: so the tolerance is relative to that.
     size = 1 + pred.x0.abs().amax((1, 2, 3))

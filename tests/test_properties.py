@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from diffusion_nb.denoisers import Clip, NetDenoiser, Pred, predict_eps, predict_score, predict_v, predict_x0
+from diffusion_nb.denoisers import Clip, NetDenoiser, Prediction, predict_eps, predict_score, predict_v, predict_x0
 from diffusion_nb.forward import posterior_steps, q_posterior, q_step, transition
 from diffusion_nb.grids import time_grid
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture, swiss_roll, two_moons
@@ -234,8 +234,8 @@ def test_targets_round_trip(row, alpha, sigma, x0, eps):
     # The two terms cancel: rounding is 1e-16 of the larger, not of what is left of them.
     tol = 1e-14 * float((c_skip * x_t).abs() + (c_out * target).abs() + x0.abs()) + 1e-300
     torch.testing.assert_close(guess, x0, rtol=0, atol=tol)
-    # And the net's target read backwards: from the guess of x0, by Pred's own conversions
-    pred = Pred(x_t, alpha, sigma, x0)
+    # And the net's target read backwards: from the guess of x0, by Prediction's own conversions
+    pred = Prediction(x_t, alpha, sigma, x0)
     rounding = 1e-15 * float((x_t.abs() + (alpha * x0).abs()) / sigma)  # of eps
     factor = {"x0": 0.0, "eps": 1.0, "v": float(alpha), "score": 1 / float(sigma)}[READ[row]]
     tol = 4 * rounding * factor + 1e-14 * float(target.abs() + (sigma * x0).abs()) + 1e-300
@@ -246,7 +246,7 @@ def test_targets_round_trip(row, alpha, sigma, x0, eps):
 def test_the_row_undoes_the_reading(alpha, sigma, x0, other):
     "x0 guessed from x_t, any x_t: read as eps, v or score, then turned back by its row."
     alpha, sigma, x0, x_t = F(alpha), F(sigma), F([[x0]]), F([[other]])
-    pred = Pred(x_t, alpha, sigma, x0)
+    pred = Prediction(x_t, alpha, sigma, x0)
     for row, name in READ.items():
         c_skip, c_out = row(alpha, sigma)
         a, b = c_skip * x_t, c_out * getattr(pred, name)

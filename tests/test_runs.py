@@ -30,15 +30,15 @@ from diffusion_nb.training.ema import (
     snapshots,
 )
 from diffusion_nb.training.hooks import (
-    Grids,
-    JsonLines,
-    Speed,
+    JsonLogger,
+    SampleGrids,
     TensorBoard,
+    Throughput,
     fixed_draws,
     read_rows,
     training_flops,
 )
-from diffusion_nb.training.sharding import together
+from diffusion_nb.training.sharding import process_group
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.profiling import flops, matrix_peak
 from diffusion_nb.util.storage import load_weights, read_weights, save_tensors
@@ -78,7 +78,7 @@ def at(step, loss=0.5, rank=0, **more):
 
 
 def test_a_row_holds_what_was_read(tmp_path):
-    run = trainer(hooks=[JsonLines(tmp_path / "log")], skip=True)
+    run = trainer(hooks=[JsonLogger(tmp_path / "log")], skip=True)
     run.fit()
     rows = read_rows(tmp_path / "log")
     assert [(row["step"], row["loss"]) for row in rows] == run.losses and len(rows) == 4
@@ -89,7 +89,7 @@ def test_a_row_holds_what_was_read(tmp_path):
 def test_rows_later_than_the_resumed_step_are_dropped(tmp_path):
     path = tmp_path / "log"
     for steps, start in ((range(1, 8), 0), (range(5, 10), 100)):  # killed after 7, resumed from 4
-        log = JsonLines(path)
+        log = JsonLogger(path)
         for step in steps:
             log(at(step, loss=start + step))
     assert [row["step"] for row in read_rows(path)] == list(range(1, 10))
@@ -97,7 +97,7 @@ def test_rows_later_than_the_resumed_step_are_dropped(tmp_path):
 
 
 def test_the_same_hook_may_go_back(tmp_path):
-    log = JsonLines(tmp_path / "log")
+    log = JsonLogger(tmp_path / "log")
     for step in (1, 2, 3, 2, 3, 4):
         log(at(step))
     assert [row["step"] for row in read_rows(tmp_path / "log")] == [1, 2, 3, 4]
@@ -107,10 +107,10 @@ def test_the_same_hook_may_go_back(tmp_path):
 def test_a_torn_line_is_repaired(tmp_path, cut):
     path = tmp_path / "log"
     for step in (1, 2):
-        JsonLines(path)(at(step))
+        JsonLogger(path)(at(step))
     path.write_text(path.read_text() + json.dumps({"step": 3, "loss": 1.0})[:cut])
     assert [row["step"] for row in read_rows(path)] == [1, 2]
-    JsonLines(path)(at(3))
+    JsonLogger(path)(at(3))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
@@ -130,14 +130,14 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path):
         with pytest.raises(
             ValueError, match="is no row of a log: expected a JSON object with a step; name another file"
         ):
-            JsonLines(path)(at(1))
+            JsonLogger(path)(at(1))
         assert path.read_text() == text
 
 
 def test_nothing_is_written_between_readings_or_by_other_processes(tmp_path):
-    JsonLines(tmp_path / "other")(at(1, rank=1))
+    JsonLogger(tmp_path / "other")(at(1, rank=1))
     assert not (tmp_path / "other").exists()
-    log = JsonLines(tmp_path / "log")
+    log = JsonLogger(tmp_path / "log")
     log(at(3))
     log(at(4, losses=[(3, 0.5)]))
     log(at(5, loss=math.nan))
@@ -149,7 +149,7 @@ def test_tensorboard_replaces_what_is_done_again(tmp_path):
 
     for steps, start in ((range(1, 8), 0), (range(5, 10), 100)):
         board = TensorBoard(tmp_path)
-        grids = Grids(tmp_path / "grids", lambda d: torch.zeros(4, 1, 3, 3), every=3, board=board)
+        grids = SampleGrids(tmp_path / "grids", lambda d: torch.zeros(4, 1, 3, 3), every=3, board=board)
         for step in steps:
             board(at(step, loss=start + step))
             grids(at(step, average=None))
@@ -171,7 +171,7 @@ def test_tensorboard_names_the_package_that_is_missing(tmp_path, monkeypatch):
 
 def test_grids_do_not_disturb_and_can_be_compared(tmp_path):
     draw = fixed_draws((1, 2, 2), n=4, calls=3)
-    plain, watched = trainer(), trainer(hooks=[Grids(tmp_path, draw, every=8)])
+    plain, watched = trainer(), trainer(hooks=[SampleGrids(tmp_path, draw, every=8)])
     plain.fit(), watched.fit()
     assert plain.state.params[0].equal(watched.state.params[0])
     assert [p.name for p in sorted(tmp_path.glob("*.png"))] == [
@@ -189,7 +189,7 @@ def test_grids_leave_the_random_numbers_alone(tmp_path):
     torch.manual_seed(3)
     want = torch.rand(5)
     torch.manual_seed(3)
-    Grids(tmp_path, lambda denoiser: torch.rand(1, 1, 2, 2), every=1)(at(1, average=None))
+    SampleGrids(tmp_path, lambda denoiser: torch.rand(1, 1, 2, 2), every=1)(at(1, average=None))
     assert torch.rand(5).equal(want)
 
 
@@ -209,7 +209,7 @@ def test_grids_start_at_the_schedules_noise_and_tell_the_labels(tmp_path):
 
 def test_grids_refuse_sharded_weights(tmp_path):
     with pytest.raises(ValueError, match="shard=True the averaged weights are whole only at the end"):
-        Grids(tmp_path, None, every=1)(at(1, state=SimpleNamespace(shard=True)))
+        SampleGrids(tmp_path, None, every=1)(at(1, state=SimpleNamespace(shard=True)))
 
 
 # the speed
@@ -230,7 +230,7 @@ def test_the_peak_counts_multiplying_and_adding(monkeypatch):
 
 
 def test_speed_says_which_share_was_used(capsys):
-    run = trainer(hooks=[hook := Speed(peak=1e6)])
+    run = trainer(hooks=[hook := Throughput(peak=1e6)])
     run.world, run.speed = 1, 1.0
     hook.speeds = [1000.0, 10_000.0, 50.0]
     assert hook.report(run) == "1,000 pictures/s, 4.8e-08 GFLOP a picture, 5% of what the device can do"
@@ -460,7 +460,7 @@ print(f"{team.rank} of {team.world} on {team.device.type}: {total:g}\\n", end=""
 
 
 def test_a_process_by_itself_is_a_team_of_one():
-    with together(cpu=True) as team:
+    with process_group(cpu=True) as team:
         assert team == (torch.device("cpu"), 0, 1)
         assert not torch.distributed.is_initialized()
 
@@ -483,7 +483,7 @@ def test_processes_join_and_part(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Grids("nowhere", None, every=0), lambda: PowerEMA(trainer().denoiser, every=0)]
+    "make", [lambda: SampleGrids("nowhere", None, every=0), lambda: PowerEMA(trainer().denoiser, every=0)]
 )
 def test_every_no_step(make):
     with pytest.raises(ValueError, match="every: expected at least 1 step, got 0"):

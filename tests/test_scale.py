@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Pred, predict_v
+from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Prediction, predict_v
 from diffusion_nb.generation import generate as generating
 from diffusion_nb.generation import record as records
 from diffusion_nb.generation import store
-from diffusion_nb.generation.fast import Fast
+from diffusion_nb.generation.fast import CompiledDenoiser
 from diffusion_nb.generation.generate import generate
 from diffusion_nb.generation.record import identity
 from diffusion_nb.grids import time_grid
@@ -45,7 +45,7 @@ from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util import profiling
 from diffusion_nb.util.images import to_bytes
 from diffusion_nb.util.profiling import HostSyncs, flops, utilisation
-from diffusion_nb.variances import large, small
+from diffusion_nb.variances import fixed_large, fixed_small
 
 TS, SHAPE = time_grid(4), (1, 8, 8)
 
@@ -255,7 +255,7 @@ def test_a_training_step_makes_no_look():
 
 
 def traced(denoiser, **options):
-    return Fast(denoiser, compile=True, backend="aot_eager", **options)
+    return CompiledDenoiser(denoiser, compile=True, backend="aot_eager", **options)
 
 
 def test_the_denoiser_is_left_as_it_was():
@@ -280,7 +280,7 @@ def test_a_fast_guess_is_the_guess(wrap):
     got = traced(denoiser)(x, t, y=y)
     for name in ("x_t", "alpha", "sigma", "x0", "eps", "v", "score"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-5)
-    rough = Fast(denoiser, bf16=True, compile=False)(x, t, y=y)
+    rough = CompiledDenoiser(denoiser, bf16=True, compile=False)(x, t, y=y)
     assert 0 < (rough.x0 - want.x0).abs().max() < 0.05
     assert rough.alpha.dtype == rough.x0.dtype == torch.float32 and rough.alpha.equal(want.alpha)
 
@@ -292,7 +292,7 @@ def test_what_the_network_says_besides_comes_along():
 
     torch._dynamo.reset()
     denoiser, x = NetDenoiser(Two(), DDPMSchedule(linear_betas()), predict_v), Noise(range(2), SHAPE)(0)
-    assert traced(denoiser)(x, torch.tensor(0.5)).aux.equal(3 * x)
+    assert traced(denoiser)(x, torch.tensor(0.5)).extra.equal(3 * x)
 
 
 def test_bf16_casts_weights_once_and_floating_conditions():
@@ -307,7 +307,7 @@ def test_bf16_casts_weights_once_and_floating_conditions():
             seen.append((x.dtype, t.dtype, y.dtype, e.dtype, self.scale.dtype))
             return self.scale * x
 
-    fast = Fast(NetDenoiser(Nosy(), DDPMSchedule(linear_betas()), predict_v), bf16=True)
+    fast = CompiledDenoiser(NetDenoiser(Nosy(), DDPMSchedule(linear_betas()), predict_v), bf16=True)
     fast(Noise(range(2), SHAPE)(0), torch.tensor(0.5), y=torch.arange(2), e=torch.ones(2, 3))
     assert seen == [(torch.bfloat16, torch.float32, torch.int64, torch.bfloat16, torch.bfloat16)]
     assert fast.denoiser.schedule.log_abar.dtype == torch.float64
@@ -317,7 +317,7 @@ def test_bf16_without_a_network_is_refused():
     from diffusion_nb.mixtures import random_mixture
 
     with pytest.raises(ValueError, match="GMMDenoiser holds no NetDenoiser"):
-        Fast(GMMDenoiser(random_mixture(), CosineSchedule()), bf16=True)
+        CompiledDenoiser(GMMDenoiser(random_mixture(), CosineSchedule()), bf16=True)
 
 
 def test_a_walk_is_compiled_once_and_a_new_shape_again():
@@ -328,7 +328,7 @@ def test_a_walk_is_compiled_once_and_a_new_shape_again():
         return graph.forward
 
     torch._dynamo.reset()
-    fast = Fast(Clip(CFG(tiny(), 1.0, 10)), compile=True, backend=backend)
+    fast = CompiledDenoiser(Clip(CFG(tiny(), 1.0, 10)), compile=True, backend=backend)
     for n in (4, 4, 3):
         noise = Noise(range(n), SHAPE)
         dpmpp_2m(fast, noise(0), time_grid(7), y=torch.arange(n))
@@ -354,7 +354,11 @@ def test_a_guess_outlives_the_next_one():
 
     torch._dynamo.reset()
     denoiser = Clip(tiny())
-    fast, noise, y = Fast(denoiser, compile=True, backend=replayed), Noise(range(4), SHAPE), torch.arange(4)
+    fast, noise, y = (
+        CompiledDenoiser(denoiser, compile=True, backend=replayed),
+        Noise(range(4), SHAPE),
+        torch.arange(4),
+    )
     first = fast(noise(0), torch.tensor(0.9), y=y)
     kept = first.x0.clone()
     fast(noise(1), torch.tensor(0.3), y=y)
@@ -378,7 +382,7 @@ def test_compiled_for_real():
         pytest.skip(f"torch.compile does not work on this machine: {said}")
     noise, y = Noise(range(4), SHAPE), torch.arange(4)
     denoiser = tiny()
-    fast = Fast(denoiser, compile=True)
+    fast = CompiledDenoiser(denoiser, compile=True)
     torch.testing.assert_close(
         ddim(fast, noise(0), TS, y=y), ddim(denoiser, noise(0), TS, y=y), rtol=1e-5, atol=1e-5
     )
@@ -407,9 +411,9 @@ def test_on_a_gpu_the_chunk_is_tried_with_the_denoiser_that_is_not_compiled(monk
     monkeypatch.setattr(generating, "draw", draw)
     monkeypatch.setattr(generating, "device_of", lambda module: torch.device("cuda"))
     monkeypatch.setattr(
-        Fast, "__init__", lambda self, d: (Denoiser.__init__(self), setattr(self, "denoiser", d))[0]
+        CompiledDenoiser, "__init__", lambda self, d: (Denoiser.__init__(self), setattr(self, "denoiser", d))[0]
     )
-    assert generating.fitting_chunk(Fast(tiny()), ddpm, time_grid(9), SHAPE, labels, 5000) == 256
+    assert generating.fitting_chunk(CompiledDenoiser(tiny()), ddpm, time_grid(9), SHAPE, labels, 5000) == 256
     assert tried == [(NetDenoiser, 3, n, n) for n in (1024, 512, 256)]
 
 
@@ -457,7 +461,7 @@ def test_colours_stay_in_their_channels(tmp_path):
 
         def forward(self, x_t, t):
             alpha, sigma = (c.float() for c in self.schedule(t))
-            return Pred(x_t, alpha, sigma, torch.tensor([-1.0, 0.0, 1.0])[:, None, None].expand(x_t.shape))
+            return Prediction(x_t, alpha, sigma, torch.tensor([-1.0, 0.0, 1.0])[:, None, None].expand(x_t.shape))
 
     for name in ("a.npz", "a"):
         generate(tmp_path / name, Colour(), ddim, TS, 2, (3, 4, 5))
@@ -631,7 +635,7 @@ def by(function):
 
 WAYS = [
     (sampler_with(0.0), sampler_with(0.0), sampler_with(1.0)), (Eta(0.0), Eta(0.0), Eta(1.0)), (Eta(0.0).__call__, Eta(0.0).__call__, Eta(1.0).__call__),
-    (lambda x: x + 1, lambda x: x + 1, lambda x: x + 2), (by(small), by(small), by(large)), (partial(ddim, eta=[0.0]), partial(ddim, eta=[0.0]), partial(ddim, eta=[1.0])),
+    (lambda x: x + 1, lambda x: x + 1, lambda x: x + 2), (by(fixed_small), by(fixed_small), by(fixed_large)), (partial(ddim, eta=[0.0]), partial(ddim, eta=[0.0]), partial(ddim, eta=[1.0])),
     (by(torch.zeros(2000)), by(torch.zeros(2000)), by(torch.zeros(2000).index_fill(0, torch.tensor(999), 1e-6))),
 ]  # fmt: skip
 
@@ -646,7 +650,7 @@ def test_a_record_is_the_same_in_another_process():
     text = "from functools import partial; from diffusion_nb.generation.record import described; from diffusion_nb.samplers.linear import ddpm; from diffusion_nb.variances import small; "
     text += "print(described(partial(ddpm, var=small)))"
     there = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout.strip()
-    assert there == records.described(by(small)) == "ddpm ('var', small)"
+    assert there == records.described(by(fixed_small)) == "ddpm ('var', small)"
 
 
 @pytest.mark.parametrize("when", ["begun", "done"])
@@ -695,7 +699,7 @@ def test_times_and_shape_belong_to_the_run(tmp_path):
 def test_identity_sees_weights_numbers_and_functions():
     same = [identity(CFG(tiny(), 1.0, 10)), identity(CFG(tiny(), 1.0, 10).eval())]
     others = [CFG(tiny(1), 1.0, 10), CFG(tiny(), 1.5, 10), CFG(tiny(), 1.0, 9), CFG(tiny(), interval(1.0, 0.2, 0.8), 10),
-              CFG(tiny(), interval(1.0, 0.3, 0.8), 10), Clip(CFG(tiny(), 1.0, 10)), Fast(CFG(tiny(), 1.0, 10), bf16=True)]  # fmt: skip
+              CFG(tiny(), interval(1.0, 0.3, 0.8), 10), Clip(CFG(tiny(), 1.0, 10)), CompiledDenoiser(CFG(tiny(), 1.0, 10), bf16=True)]  # fmt: skip
     found = [*same, *map(identity, others)]
     assert same[0] == same[1] and len(set(found)) == len(found) - 1
 
@@ -1006,6 +1010,6 @@ def test_each_of_many_fast_denoisers_is_compiled():
 
     x, t, y = torch.zeros(2, *SHAPE), torch.tensor(0.5), torch.zeros(2, dtype=torch.long)
     for k in range(12):
-        fast = Fast(tiny(), compile=True, backend=backend)
+        fast = CompiledDenoiser(tiny(), compile=True, backend=backend)
         first, again = fast(x, t, y=y), fast(x, t, y=y)
         assert len(compiled) == k + 1 and first.x0.equal(again.x0)

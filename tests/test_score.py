@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from diffusion_nb.book.claims import monte_carlo
-from diffusion_nb.denoisers import AsVE, NetDenoiser, unit_input
-from diffusion_nb.grids import ladder, time_grid
+from diffusion_nb.denoisers import NetDenoiser, VEView, unit_input
+from diffusion_nb.grids import geometric_grid, time_grid
 from diffusion_nb.losses.score import denoising_score_loss, explicit_score_loss, sliced_score_loss
 from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
@@ -19,7 +19,7 @@ from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
     EDMSchedule,
-    RelativeNoise,
+    RescaledSchedule,
     VESchedule,
     VPSchedule,
     linear_betas,
@@ -179,14 +179,14 @@ def test_the_last_time_is_never_asked_about():
 
 def test_walkers_do_not_depend_on_their_company():
     many, few = Noise(range(9), (2,), dtype=torch.float64), Noise([2, 5], (2,), dtype=torch.float64)
-    ts = ladder(PLANE.schedule, 4, 3.0, 0.2)
+    ts = geometric_grid(PLANE.schedule, 4, 3.0, 0.2)
     walk = lambda noise: annealed_langevin(PLANE, noise(0), ts, steps=3, epsilon=0.01, noise=noise)
     assert torch.allclose(walk(many)[[2, 5]], walk(few), rtol=1e-12)
 
 
 @by_name
 def test_ladder_is_geometric(schedule):
-    ts = ladder(schedule, 7, 5.0, 0.05)
+    ts = geometric_grid(schedule, 7, 5.0, 0.05)
     alpha, sigma = schedule(ts[:-1])
     want = 5.0 * 0.01 ** (torch.arange(7, dtype=torch.float64) / 6)
     assert torch.allclose(sigma / alpha, want, rtol=1e-9)
@@ -200,13 +200,13 @@ def test_ladder_is_geometric(schedule):
 def test_as_ve(schedule):
     denoiser, x = GMMDenoiser(PLANE.mixture, schedule), normal(5)
     alpha, sigma = schedule(T)
-    pred = AsVE(denoiser)(x / alpha, T)
+    pred = VEView(denoiser)(x / alpha, T)
     assert torch.allclose(pred.x0, denoiser(x, T).x0) and torch.allclose(pred.eps, denoiser(x, T).eps)
     assert pred.alpha == 1 and torch.allclose(pred.sigma, sigma / alpha)
     assert torch.allclose(
-        torch.stack(RelativeNoise(schedule)(T)), torch.stack([torch.ones_like(alpha), sigma / alpha])
+        torch.stack(RescaledSchedule(schedule)(T)), torch.stack([torch.ones_like(alpha), sigma / alpha])
     )
-    each = AsVE(denoiser)(x / alpha, T.expand(5))  # a time for each
+    each = VEView(denoiser)(x / alpha, T.expand(5))  # a time for each
     assert torch.allclose(each.x0, pred.x0) and torch.allclose(each.score, pred.score)
 
 
@@ -229,7 +229,7 @@ def test_score_mlp_knows_the_time():
 
 
 NOISE = Noise(range(4), (2,), dtype=torch.float64)
-DOWN = ladder(PLANE.schedule, 4, 3.0, 0.2)
+DOWN = geometric_grid(PLANE.schedule, 4, 3.0, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -247,10 +247,10 @@ DOWN = ladder(PLANE.schedule, 4, 3.0, 0.2)
         ("steps", lambda: annealed_langevin(PLANE, NOISE(0), DOWN, steps=0, epsilon=0.01, noise=NOISE)),
         ("epsilon", lambda: annealed_langevin(PLANE, NOISE(0), DOWN, steps=1, epsilon=-0.01, noise=NOISE)),
         ("epsilon", lambda: annealed_langevin(PLANE, NOISE(0), DOWN, steps=1, epsilon=0.5, noise=NOISE)),
-        ("smallest", lambda: ladder(PLANE.schedule, 4, 0.2, 3.0)),
-        ("smallest", lambda: ladder(PLANE.schedule, 4, 3.0, 0.0)),
-        ("largest", lambda: ladder(VESchedule(0.1, 5.0), 4, 6.0, 0.2)),
-        ("n = 1", lambda: ladder(PLANE.schedule, 1, 3.0, 0.2)),
+        ("smallest", lambda: geometric_grid(PLANE.schedule, 4, 0.2, 3.0)),
+        ("smallest", lambda: geometric_grid(PLANE.schedule, 4, 3.0, 0.0)),
+        ("largest", lambda: geometric_grid(VESchedule(0.1, 5.0), 4, 6.0, 0.2)),
+        ("n = 1", lambda: geometric_grid(PLANE.schedule, 1, 3.0, 0.2)),
         ("score", lambda: explicit_score_loss(PLANE, NOISE(0), T, NOISE(1)[:2])),
         ("eps", lambda: denoising_score_loss(PLANE, NOISE(0), T, NOISE(1)[:2])),
         ("v:", lambda: sliced_score_loss(PLANE, NOISE(0), T, NOISE(1)[:2])),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusion_nb.book.claims import monte_carlo, oracle
-from diffusion_nb.denoisers import Denoiser, Pred
+from diffusion_nb.denoisers import Denoiser, Prediction
 from diffusion_nb.grids import time_grid
 from diffusion_nb.likelihood.flow import exact_divergence, hutchinson, log_likelihood
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
@@ -188,7 +188,9 @@ class Pictures(Denoiser):
     def forward(self, x_t, t, y=0.0):
         alpha, sigma = self.schedule(t)
         gain = alpha * self.var / (alpha**2 * self.var + sigma**2)
-        return Pred(x_t, alpha.to(x_t.dtype), sigma.to(x_t.dtype), (y + gain * (x_t - alpha * y)).to(x_t.dtype))
+        return Prediction(
+            x_t, alpha.to(x_t.dtype), sigma.to(x_t.dtype), (y + gain * (x_t - alpha * y)).to(x_t.dtype)
+        )
 
 
 def test_likelihood_of_pictures_with_a_condition():
@@ -325,7 +327,7 @@ def test_corrections_keep_the_distribution():
 
 
 def test_lengths_of_corrections():
-    pred = Pred(x_t=F(3.0, 4.0)[None], alpha=F(0.0)[0], sigma=F(2.0)[0], x0=F(0.0, 0.0)[None])
+    pred = Prediction(x_t=F(3.0, 4.0)[None], alpha=F(0.0)[0], sigma=F(2.0)[0], x0=F(0.0, 0.0)[None])
     z = F(1.0, 0.0)[None]
     same(sigma_steps(0.5)(pred, z), 2.0)
     same(ratio_steps(0.5)(pred, z), 2 * (0.5 / 1.25) ** 2)  # the score is -x/4, its norm 5/4

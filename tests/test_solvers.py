@@ -7,7 +7,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, HeunDiscreteScheduler
 from diffusers.schedulers import scheduling_edm_euler
 
-from diffusion_nb.denoisers import Denoiser, Pred
+from diffusion_nb.denoisers import Denoiser, Prediction
 from diffusion_nb.grids import edm_grid, time_at, time_grid
 from diffusion_nb.metrics.samples import energy_distance, typicality
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture, ring_mixture
@@ -191,7 +191,7 @@ def test_2m_is_exact_for_a_guess_that_moves_with_the_step():
 
         def forward(self, x_t, t):
             alpha, sigma = self.schedule(t)
-            return Pred(x_t, alpha, sigma, -sigma.log() * torch.ones_like(x_t))
+            return Prediction(x_t, alpha, sigma, -sigma.log() * torch.ones_like(x_t))
 
     line = Line()
     ts = torch.tensor([0.9, 0.75, 0.5, 0.45, 0.2], dtype=F64)

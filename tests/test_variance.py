@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_nb.denoisers import NetDenoiser, Pred, predict_v
+from diffusion_nb.denoisers import NetDenoiser, Prediction, predict_v
 from diffusion_nb.experiments.variance import WAYS, bits_card, bounds_denoiser, fixed_steps
 from diffusion_nb.forward import Step, posterior_steps, q_posterior, q_sample
 from diffusion_nb.grids import time_grid
 from diffusion_nb.likelihood.bits import bits_per_dim
-from diffusion_nb.losses.bound import bound_loss, guess_bound, hybrid_loss
+from diffusion_nb.losses.bound import bound_loss, hybrid_loss, vlb_term
 from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.mixtures import GMMDenoiser, ring_mixture
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, cosine_betas, linear_betas
-from diffusion_nb.time_samplers import LossHistory, chain_times, weighted
+from diffusion_nb.time_samplers import LossSecondMomentSampler, chain_times, importance_weighted
 from diffusion_nb.training.trainer import Trainer
-from diffusion_nb.util.checks import like
-from diffusion_nb.variances import large, learned, small
+from diffusion_nb.util.checks import expand_as
+from diffusion_nb.variances import fixed_large, fixed_small, learned_variance
 
 F64 = torch.float64
 BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}
@@ -64,9 +64,9 @@ def test_variance_is_theirs_at_every_time(name):
     theirs, ours = scheduler(BETAS[name], variance_type="learned_range"), DDPMSchedule(BETAS[name])
     i = torch.arange(1, 1000, dtype=F64)  # at their index 0 β̃ is 0, theirs is clamped so that its logarithm exists
     step = posterior_steps(ours, i / 1000, (i + 1) / 1000)
-    aux = draw(0, 999, (1,))[:, 0]
-    got = learned(Pred(None, None, None, None, aux), step)
-    want = [theirs._get_variance(k, predicted_variance=aux[k - 1]) for k in range(1, 1000)]  # its logarithm
+    extra = draw(0, 999, (1,))[:, 0]
+    got = learned_variance(Prediction(None, None, None, None, extra), step)
+    want = [theirs._get_variance(k, predicted_variance=extra[k - 1]) for k in range(1, 1000)]  # its logarithm
     # theirs loses digits in 1 - ᾱ_t/ᾱ_s ≥ 4e-5 (relative 3e-12)
     torch.testing.assert_close(got.log(), torch.stack(want), rtol=0, atol=1e-10)
 
@@ -75,15 +75,15 @@ def test_variance_is_theirs_at_every_time(name):
 def test_step_is_theirs(name, monkeypatch):
     theirs, ours = scheduler(BETAS[name], variance_type="learned_range"), DDPMSchedule(BETAS[name])
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: noise)
-    x, eps, aux, noise = (draw(k, 2, (3, 4, 4)) for k in range(4))
+    x, eps, extra, noise = (draw(k, 2, (3, 4, 4)) for k in range(4))
     for i in [*range(1, 10), *range(10, 950, 50), 900, 990]:
-        want = theirs.step(torch.cat([eps, aux], dim=1), i, x).prev_sample
+        want = theirs.step(torch.cat([eps, extra], dim=1), i, x).prev_sample
         s, t = (torch.tensor(j / 1000, dtype=F64) for j in (i, i + 1))
         alpha, sigma = ours(t)
-        pred = Pred(x, alpha, sigma, (x - sigma * eps) / alpha, aux)
+        pred = Prediction(x, alpha, sigma, (x - sigma * eps) / alpha, extra)
         mean, _ = q_posterior(ours, x, pred.x0, s, t)
         numbers = Step._make(c.item() for c in posterior_steps(ours, s, t))
-        torch.testing.assert_close(mean + learned(pred, numbers) ** 0.5 * noise, want, rtol=0, atol=1e-8)
+        torch.testing.assert_close(mean + learned_variance(pred, numbers) ** 0.5 * noise, want, rtol=0, atol=1e-8)
 
 
 @settings(max_examples=50, deadline=None)
@@ -91,10 +91,10 @@ def test_step_is_theirs(name, monkeypatch):
 def test_variance_is_between_and_numbers_and_tensors_agree(t, part, frac):
     schedule = CosineSchedule()
     step = posterior_steps(schedule, torch.tensor(t * part, dtype=F64), torch.tensor(t, dtype=F64))
-    pred = Pred(None, None, None, None, torch.tensor([2 * frac - 1], dtype=F64))
-    v = learned(pred, step)
+    pred = Prediction(None, None, None, None, torch.tensor([2 * frac - 1], dtype=F64))
+    v = learned_variance(pred, step)
     assert step.small * (1 - 1e-9) <= v <= step.large * (1 + 1e-9)
-    assert learned(pred, Step._make(c.item() for c in step)).item() == pytest.approx(v.item(), rel=1e-12)
+    assert learned_variance(pred, Step._make(c.item() for c in step)).item() == pytest.approx(v.item(), rel=1e-12)
     assert v.item() == pytest.approx(step.large.item() ** frac * step.small.item() ** (1 - frac), rel=1e-9)
 
 
@@ -107,9 +107,9 @@ def test_bound_terms_are_those_of_torch_distributions(name):
     schedule, t = DDPMSchedule(BETAS[name]), torch.tensor([1, 2, 3, 20, 200, 500, 800, 950], dtype=F64) / 1000
     x0 = (draw(0).clamp(-1, 1) * 8).round() / 8
     x_t = q_sample(schedule, x0, t, draw(1))
-    alpha, sigma = (like(c, x0) for c in schedule(t))
-    pred = Pred(x_t, alpha, sigma, x0 + like(torch.where(t < 0.0015, 0.02, 0.1), x0) * draw(2), draw(3))
-    got = guess_bound(schedule, pred, x0, t, T, levels, learned)
+    alpha, sigma = (expand_as(c, x0) for c in schedule(t))
+    pred = Prediction(x_t, alpha, sigma, x0 + expand_as(torch.where(t < 0.0015, 0.02, 0.1), x0) * draw(2), draw(3))
+    got = vlb_term(schedule, pred, x0, t, T, levels, learned_variance)
     for i, (k, own) in enumerate(zip((t * T).round().int().tolist(), t, strict=True)):
         abar = (1 - BETAS[name]).cumprod(0)
         beta, now, before = BETAS[name][k - 1], abar[k - 1], abar[k - 2] if k > 1 else torch.ones((), dtype=F64)
@@ -122,7 +122,7 @@ def test_bound_terms_are_those_of_torch_distributions(name):
             left = torch.where(x0[i] < -0.99, 0.0, p.cdf(x0[i] - half))
             want = -(right - left).log().mean()
         else:
-            frac = (pred.aux[i] + 1) / 2
+            frac = (pred.extra[i] + 1) / 2
             v = (frac * beta.log() + (1 - frac) * tilde.log()).exp()
             want = kl_divergence(Normal(mean, tilde.sqrt()), Normal(guess, v.sqrt())).mean()
         assert got[i].item() == pytest.approx(T * want.item(), rel=1e-7), own
@@ -133,7 +133,9 @@ def test_hybrid_loss_is_the_sum_and_its_guess_hears_only_the_first():
     denoiser = NetDenoiser(Speaker().double(), DDPMSchedule(linear_betas(50)), predict_v)
     x0, eps, t = (draw(0).clamp(-1, 1) * 8).round() / 8, draw(1), chain_times(T)(torch.rand(8, dtype=F64))
     got = hybrid_loss(T, 17, weight)(denoiser, x0, t, eps)
-    want = denoising_loss(denoiser, x0, t, eps) + weight * bound_loss(T, 17, learned)(denoiser, x0, t, eps)
+    want = denoising_loss(denoiser, x0, t, eps) + weight * bound_loss(T, 17, learned_variance)(
+        denoiser, x0, t, eps
+    )
     torch.testing.assert_close(got, want)
     w = denoiser.net.w
     (hybrid,), (simple,) = (
@@ -149,18 +151,21 @@ def test_hybrid_loss_is_the_sum_and_its_guess_hears_only_the_first():
 def test_fixed_steps_are_what_bits_per_dim_counts():
     x = (draw(0).float().clamp(-1, 1) * 8).round() / 8
     denoiser = NetDenoiser(Speaker(), DDPMSchedule(linear_betas(50)), predict_v)
-    bits = {var: bits_per_dim(denoiser, x, time_grid(50), levels=17, var=var) for var in (learned, small, large)}
-    for var in (small, large):
+    bits = {
+        var: bits_per_dim(denoiser, x, time_grid(50), levels=17, var=var)
+        for var in (learned_variance, fixed_small, fixed_large)
+    }
+    for var in (fixed_small, fixed_large):
         torch.testing.assert_close(
-            fixed_steps(bits[learned], denoiser.schedule, var), bits[var].steps, rtol=1e-5, atol=1e-6
+            fixed_steps(bits[learned_variance], denoiser.schedule, var), bits[var].steps, rtol=1e-5, atol=1e-6
         )
 
 
 # times by importance
 
 
-def filled(T=10, **options) -> LossHistory:
-    history = LossHistory(T, **dict(memory=2, uniform=0.1) | options)
+def filled(T=10, **options) -> LossSecondMomentSampler:
+    history = LossSecondMomentSampler(T, **dict(memory=2, uniform=0.1) | options)
     for k in range(history.memory):
         history.remember(torch.arange(1, T + 1, dtype=F64) / T, torch.arange(1.0, T + 1) * (k + 1))
         history.update()
@@ -168,7 +173,7 @@ def filled(T=10, **options) -> LossHistory:
 
 
 def test_uniform_until_every_t_was_seen_often_enough():
-    history = LossHistory(4, memory=3)
+    history = LossSecondMomentSampler(4, memory=3)
     t = torch.arange(1, 5, dtype=F64) / 4
     for _ in range(2):
         history.remember(t, torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -185,7 +190,7 @@ def test_uniform_until_every_t_was_seen_often_enough():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=60), st.integers(1, 12), st.integers(1, 9))
 def test_memory_is_a_running_mean_however_it_is_fed(places, memory, batch):
-    history, T = LossHistory(6, memory), 6
+    history, T = LossSecondMomentSampler(6, memory), 6
     t, losses = torch.tensor(places, dtype=F64) / T, torch.arange(1.0, len(places) + 1)
     for part, values in zip(t.split(batch), losses.split(batch), strict=True):
         history.remember(part, values)
@@ -199,7 +204,7 @@ def test_memory_is_a_running_mean_however_it_is_fed(places, memory, batch):
 
 
 def test_memory_forgets():
-    history, t = LossHistory(2, memory=10), torch.tensor([0.5, 1.0], dtype=F64)
+    history, t = LossSecondMomentSampler(2, memory=10), torch.tensor([0.5, 1.0], dtype=F64)
     for loss in [100.0] * 10 + [1.0] * 100:
         history.remember(t, torch.tensor([loss, 1.0]))
         history.update()
@@ -217,7 +222,7 @@ def test_times_are_the_inverse_of_the_distribution():
 
 
 def test_a_history_of_zeros_stays_uniform():
-    history = LossHistory(3, memory=1)
+    history = LossSecondMomentSampler(3, memory=1)
     history.remember(torch.arange(1, 4, dtype=F64) / 3, torch.zeros(3))
     history.update()
     assert (history.probabilities() - 1 / 3).abs().max() < 1e-15
@@ -228,7 +233,7 @@ def test_weighted_weighs_by_the_p_that_drew_and_then_remembers():
     t, losses = history(torch.tensor([0.1, 0.5, 0.5, 0.9])), torch.tensor([5.0, 6.0, 7.0, 8.0])
     want = losses * history.weight(t).float()
     parts = [
-        weighted(lambda *_, v=v: v, history)(None, None, u, None)
+        importance_weighted(lambda *_, v=v: v, history)(None, None, u, None)
         for u, v in zip(t.split(2), losses.split(2), strict=True)
     ]
     got = torch.cat(parts)
@@ -245,7 +250,7 @@ def test_expectation_by_enumeration():
     t = torch.arange(1, 11, dtype=F64) / 10
     total = sum((p * history.weight(t) * losses[:, j]).sum() for j in range(30)) / 30
     assert total.item() == pytest.approx(losses.mean().item(), rel=1e-12)
-    history = LossHistory(10, memory=30)
+    history = LossSecondMomentSampler(10, memory=30)
     for column in losses.T:
         history.remember(t, column)
         history.update()
@@ -259,11 +264,11 @@ def test_expectation_by_enumeration():
 
 
 def trainer(path, steps=40) -> Trainer:
-    history, T = LossHistory(20, memory=2), 20
+    history, T = LossSecondMomentSampler(20, memory=2), 20
     schedule = DDPMSchedule(linear_betas(T).clamp(max=0.5)) if T >= 21 else CosineSchedule()
     x0 = (draw(0, 30).float().clamp(-1, 1) * 8).round() / 8
     return Trainer(NetDenoiser(Speaker(), schedule, predict_v), x0, steps=steps, lr=lambda k: 0.01, batch=8, time_sampler=history, device="cpu",
-                   loss=weighted(bound_loss(T, 17, learned), history), checkpoint=path, save_every=15)  # fmt: skip
+                   loss=importance_weighted(bound_loss(T, 17, learned_variance), history), checkpoint=path, save_every=15)  # fmt: skip
 
 
 def test_training_resumes_with_its_memory_bit_for_bit(tmp_path):
@@ -306,7 +311,7 @@ def test_a_network_that_says_nothing():
     with pytest.raises(
         ValueError, match=r"says nothing about the variance.*expected a network with twice the channels"
     ):
-        learned(ring(draw(0, 4, (2,)), torch.tensor(0.5, dtype=F64)), step)
+        learned_variance(ring(draw(0, 4, (2,)), torch.tensor(0.5, dtype=F64)), step)
 
 
 @pytest.mark.parametrize(
@@ -314,12 +319,12 @@ def test_a_network_that_says_nothing():
 )
 def test_histories_that_make_no_sense(options):
     with pytest.raises(ValueError, match=r"expected T and memory of 1 or more, and uniform in \(0, 1\]; got"):
-        LossHistory(**dict(T=10) | options)
+        LossSecondMomentSampler(**dict(T=10) | options)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.15, 1.1, math.nan])
 def test_times_that_are_not_on_the_chain(t):
-    history = LossHistory(10)
+    history = LossSecondMomentSampler(10)
     with pytest.raises(ValueError, match=r"t: expected times of the chain, 1/10, 2/10, …, 1; got"):
         history.weight(torch.tensor([0.5, t]))
     with pytest.raises(ValueError, match="times of the chain"):
@@ -331,4 +336,4 @@ def test_two_channels_of_a_unet_arrive_as_aux():
     net = UNet(1, 8, (1,), 1, (), channels_out=2)
     nn.init.normal_(net.head[-1].weight)
     pred = NetDenoiser(net, CosineSchedule(), predict_v)(draw(0).float(), torch.tensor(0.5))
-    assert pred.aux.equal(net(draw(0).float(), torch.full((8,), 500.0))[:, 1:])
+    assert pred.extra.equal(net(draw(0).float(), torch.full((8,), 500.0))[:, 1:])

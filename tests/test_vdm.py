@@ -10,27 +10,27 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from diffusion_nb.data import Pictures
-from diffusion_nb.denoisers import Denoiser, Joint, NetDenoiser, Pred, Warped, predict_x0
+from diffusion_nb.denoisers import Denoiser, NetDenoiser, Prediction, TimeWarped, X0EpsDenoiser, predict_x0
 from diffusion_nb.likelihood.continuous import VDMBits, vdm_bits
 from diffusion_nb.losses.bound import prior_kl, vlb_weight
 from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.losses.vdm import decoder_nll, vdm_loss, vdm_weight
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
-from diffusion_nb.nets.conditioning import FourierFeatures, TellGamma
+from diffusion_nb.nets.conditioning import FourierFeatures, GammaConditioning
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.vdm import vdm_denoiser, vdm_recipe, vdm_trainer
 from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
     EDMSchedule,
-    From,
     LearnedSchedule,
     LinearGamma,
     MonotoneNet,
+    MonotoneWarp,
+    TimeWarpedSchedule,
+    TruncatedTime,
     VESchedule,
     VPSchedule,
-    Warp,
-    WarpedSchedule,
     gamma_rate,
     linear_betas,
 )
@@ -66,10 +66,10 @@ def test_a_clock_rises_whatever_its_weights(seed, width, scale, first):
         for p in net.parameters():
             p.zero_()
     scrambled(net, seed, scale)
-    u = Warp(net)(torch.linspace(first, 1, 101, dtype=F64))
+    u = MonotoneWarp(net)(torch.linspace(first, 1, 101, dtype=F64))
     near = 1e-12  # sums of one time and of 101 may differ in their last bits
     assert -near <= u[0] and abs(u[-1] - 1) < near and (u.diff() > (0 if scale < 3 else -near)).all()
-    assert abs(Warp(net)(torch.zeros(1, dtype=F64)).item()) < near
+    assert abs(MonotoneWarp(net)(torch.zeros(1, dtype=F64)).item()) < near
 
 
 def test_a_learned_schedule_starts_near_the_straight_line_and_keeps_its_ends():
@@ -86,7 +86,7 @@ def test_a_learned_schedule_starts_near_the_straight_line_and_keeps_its_ends():
 @pytest.mark.parametrize("end, inward", [(0.0, 1e-6), (1.0, -1e-6)])
 def test_a_clock_runs_at_its_ends_too(end, inward):
     for seed in range(20):
-        warp = Warp(scrambled(MonotoneNet(33), seed, 0.5))
+        warp = MonotoneWarp(scrambled(MonotoneNet(33), seed, 0.5))
         _, rate = torch.func.jvp(warp, (torch.tensor([end], dtype=F64),), (torch.ones(1, dtype=F64),))
         here, near = warp(torch.tensor([end, end + inward], dtype=F64))
         assert rate.item() == pytest.approx(((near - here) / inward).item(), rel=1e-3)
@@ -120,10 +120,10 @@ def test_weight_can_be_differentiated_by_what_the_schedule_learns():
 
 
 def test_another_clock_is_another_weight_and_the_same_integral():
-    line, clock = LinearGamma(-6.0, 6.0), Warp(scrambled(MonotoneNet(16), 3, 0.5))
+    line, clock = LinearGamma(-6.0, 6.0), MonotoneWarp(scrambled(MonotoneNet(16), 3, 0.5))
     t = (torch.arange(20_000, dtype=F64) + 0.5) / 20_000
     f = lambda schedule: (vdm_weight(schedule, t) * schedule(t)[1] ** 2).mean()
-    assert f(Warped(GMMDenoiser(random_mixture(2), line), clock).schedule).item() == pytest.approx(
+    assert f(TimeWarped(GMMDenoiser(random_mixture(2), line), clock).schedule).item() == pytest.approx(
         f(line).item(), rel=1e-5
     )
 
@@ -191,7 +191,7 @@ class Knows(Denoiser):
 
     def forward(self, x_t, t):
         alpha, sigma = (c.to(x_t.dtype).reshape(-1, 1, 1, 1) for c in self.schedule(t))
-        return Pred(x_t, alpha, sigma, self.x0 + self.off * sigma / alpha)
+        return Prediction(x_t, alpha, sigma, self.x0 + self.off * sigma / alpha)
 
 
 @pytest.mark.parametrize("steps", [None, 7])
@@ -240,15 +240,15 @@ def test_a_monotone_network_written_out():
 
 
 def test_a_warped_schedule_takes_python_numbers():
-    line, warp = VPSchedule(), From(0.2)
-    assert WarpedSchedule(line, warp).logsnr(0.3) == line.logsnr(torch.tensor(0.44, dtype=F64))
+    line, warp = VPSchedule(), TruncatedTime(0.2)
+    assert TimeWarpedSchedule(line, warp).logsnr(0.3) == line.logsnr(torch.tensor(0.44, dtype=F64))
     straight = LinearGamma(-7.0, 5.0)
     assert straight.logsnr(0.3) == straight.logsnr(torch.tensor(0.3, dtype=F64))
 
 
 def test_a_clock_that_starts_later():
     assert torch.allclose(
-        From(0.2)(torch.tensor([0.0, 0.5, 1.0], dtype=F64)), torch.tensor([0.2, 0.6, 1.0], dtype=F64)
+        TruncatedTime(0.2)(torch.tensor([0.0, 0.5, 1.0], dtype=F64)), torch.tensor([0.2, 0.6, 1.0], dtype=F64)
     )
 
 
@@ -267,7 +267,7 @@ def test_fourier_features_of_every_channel():
 
 def test_a_network_is_told_gamma_and_not_the_time():
     line = LinearGamma(-8.0, 6.0)
-    tell = TellGamma(line)
+    tell = GammaConditioning(line)
     assert tell(torch.tensor([0.0, 0.5, 1.0])).tolist() == pytest.approx([0, 500, 1000])
     with torch.no_grad():
         line.ends.copy_(torch.tensor([-1.0, 13.0]))  # now γ = 6 is half way
@@ -282,8 +282,8 @@ def test_joint_blends_the_two_guesses(t):
 
     schedule, x = CosineSchedule(), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
     alpha, sigma = schedule(torch.tensor(t))
-    pred = Joint(NetDenoiser(Says(), schedule, predict_x0))(x, torch.tensor(t))
-    assert torch.allclose(pred.x0, sigma**2 * 0.5 + alpha**2 * (x - sigma * -2.0) / alpha) and pred.aux is None
+    pred = X0EpsDenoiser(NetDenoiser(Says(), schedule, predict_x0))(x, torch.tensor(t))
+    assert torch.allclose(pred.x0, sigma**2 * 0.5 + alpha**2 * (x - sigma * -2.0) / alpha) and pred.extra is None
 
 
 @pytest.mark.parametrize("name, changes, shape", [
@@ -336,11 +336,11 @@ class Plain(torch.nn.Module):
     (lambda: LinearGamma(-math.inf, 5.0), "got -inf"),
     (lambda: LinearGamma(5.0, 5.0), "expected first < last"),
     (lambda: MonotoneNet(0), "width: expected one soft step or more; got 0"),
-    (lambda: Joint(NetDenoiser(Plain(), CosineSchedule(), predict_x0))(torch.zeros(2, 1, 4, 4), torch.tensor(0.5)), "channels_out=2 * C"),
+    (lambda: X0EpsDenoiser(NetDenoiser(Plain(), CosineSchedule(), predict_x0))(torch.zeros(2, 1, 4, 4), torch.tensor(0.5)), "channels_out=2 * C"),
     (lambda: vdm_loss(17)(GMMDenoiser(random_mixture(2), CosineSchedule()), torch.zeros(2, 2), torch.tensor([0.5, 0.6]), torch.zeros(2, 2)),
-     "expected a Warped denoiser over a LinearGamma schedule; got GMMDenoiser over NoneType"),
-    (lambda: vdm_loss(17)(Warped(GMMDenoiser(random_mixture(2), CosineSchedule()), From(0.1)), torch.zeros(2, 2), torch.ones(2), torch.zeros(2, 2)),
-     "got Warped over CosineSchedule"),
+     "expected a TimeWarped denoiser over a LinearGamma schedule; got GMMDenoiser over NoneType"),
+    (lambda: vdm_loss(17)(TimeWarped(GMMDenoiser(random_mixture(2), CosineSchedule()), TruncatedTime(0.1)), torch.zeros(2, 2), torch.ones(2), torch.zeros(2, 2)),
+     "got TimeWarped over CosineSchedule"),
     (lambda: vdm_bits(GMMDenoiser(random_mixture(2), DDPMSchedule(linear_betas())), torch.zeros(2, 2), 3), "log SNR is [inf,"),
     (lambda: vdm_bits(GMMDenoiser(random_mixture(2), CosineSchedule()), torch.zeros(2, 2), 4), "expected pictures of 4 grey levels"),
     (lambda: vdm_bits(GMMDenoiser(random_mixture(2), CosineSchedule()), torch.zeros(2, 2), 3, seeds=[1]), "seeds: expected 2, one for each picture; got 1"),

@@ -8,9 +8,9 @@ from diffusion_nb.cli.models import device_name, load_model
 
 
 def sample(args) -> int:
-    from diffusion_nb.training.sharding import together
+    from diffusion_nb.training.sharding import process_group
 
-    with together(cpu=args.device == "cpu") as team:
+    with process_group(cpu=args.device == "cpu") as team:
         return sample_together(args, team)
 
 
@@ -65,7 +65,7 @@ def default_walk(model) -> tuple[str, int]:
 def walk_of(args, model):
     "The sampler that was asked for, or else the model's own, and its times."
     from diffusion_nb.cli.samplers import SAMPLERS
-    from diffusion_nb.variances import large
+    from diffusion_nb.variances import fixed_large
 
     name, steps = default_walk(model)
     name, steps = args.sampler or name, args.steps or steps
@@ -76,7 +76,7 @@ def walk_of(args, model):
     if args.variance and name != "ddpm":
         raise ValueError(f"--variance: it is of a step of ddpm; {name} has none to choose")
     sampler, times = SAMPLERS[name]
-    return partial(sampler, var=large) if args.variance == "large" else sampler, times(
+    return partial(sampler, var=fixed_large) if args.variance == "large" else sampler, times(
         model.denoiser.schedule, steps
     )
 
@@ -84,7 +84,7 @@ def walk_of(args, model):
 def ready(args, model, device):
     "The model's denoiser as it is to be used: guided, clipped, fast, on its device."
     from diffusion_nb.denoisers import Clip
-    from diffusion_nb.generation.fast import Fast
+    from diffusion_nb.generation.fast import CompiledDenoiser
     from diffusion_nb.guidance import CFG
 
     denoiser = model.denoiser.to(device)
@@ -93,7 +93,7 @@ def ready(args, model, device):
             raise ValueError("--guidance, --bf16: not for a consistency model")
         return denoiser
     guided = CFG(denoiser, args.guidance, model.about.recipe["classes"]) if args.guidance else denoiser
-    return Fast(Clip(guided), bf16=args.bf16)
+    return CompiledDenoiser(Clip(guided), bf16=args.bf16)
 
 
 def write_grid(file: Path, path: Path, most: int = 400) -> None:
@@ -122,13 +122,13 @@ def bits(args) -> int:
     import torch
 
     from diffusion_nb.data import data_set
-    from diffusion_nb.denoisers import Clip, Warped
-    from diffusion_nb.grids import stop_early
-    from diffusion_nb.likelihood.bits import bits_per_dim, fitted
+    from diffusion_nb.denoisers import Clip, TimeWarped
+    from diffusion_nb.grids import truncated_grid
+    from diffusion_nb.likelihood.bits import bits_per_dim, fitted_variance
     from diffusion_nb.likelihood.continuous import vdm_bits
     from diffusion_nb.util.checks import default_device
     from diffusion_nb.util.storage import write_json
-    from diffusion_nb.variances import large, small
+    from diffusion_nb.variances import fixed_large, fixed_small
 
     if args.n < 2 or args.batch < 1 or args.steps < 2 or not 0 <= args.end < 1:
         raise ValueError("expected --n and --steps of at least 2, --batch of at least 1, --end from 0 to below 1")
@@ -146,16 +146,16 @@ def bits(args) -> int:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             return bound(model, x, *ts, levels=data.levels, batch=args.batch, **options, **({"y": y} if r["classes"] else {}))  # fmt: skip
 
-    if isinstance(model.denoiser, Warped):  # a learned schedule: the bound of infinitely many steps
+    if isinstance(model.denoiser, TimeWarped):  # a learned schedule: the bound of infinitely many steps
         result = measure(vdm_bits, pictures.x_test, pictures.y_test, times=args.steps)
         parts = dict(prior=result.prior.mean(), diffusion=result.diffusion.mean(), decoder=result.decoder.mean())
     else:
         ts, var = (
-            stop_early(args.steps, args.end),
-            {"var": {"small": small, "large": large}.get(args.variance, large)},
+            truncated_grid(args.steps, args.end),
+            {"var": {"small": fixed_small, "large": fixed_large}.get(args.variance, fixed_large)},
         )
         if args.variance == "fitted":
-            best = fitted(measure(bits_per_dim, pictures.x, pictures.y, ts, **var))
+            best = fitted_variance(measure(bits_per_dim, pictures.x, pictures.y, ts, **var))
             var = {"var": best, "decoder_var": best}
         result = measure(bits_per_dim, pictures.x_test, pictures.y_test, ts, **var)
         parts = dict(prior=result.prior.mean(), steps_cost=result.steps.sum(1).mean(), decoder=result.decoder.mean(),

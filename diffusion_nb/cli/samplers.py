@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion_nb.grids import few_times, noise_times, time_grid
+from diffusion_nb.grids import even_logsnr_grid, sigma_grid, time_grid
 from diffusion_nb.samplers.consistency import consistency_sample
 from diffusion_nb.samplers.heun import heun
 from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde
@@ -25,7 +25,7 @@ def from_data(schedule, n: int) -> Tensor:
 def noise_levels(schedule, n: int) -> Tensor:
     "n levels of sigma/alpha, even in their logarithm, from the largest up to 80 down to 0.5, then 0."
     largest = min(80.0, (-0.5 * schedule.logsnr(torch.ones((), dtype=torch.float64))).exp().item())
-    return noise_times(
+    return sigma_grid(
         schedule,
         *torch.logspace(*torch.tensor([largest, 0.5]).log10().tolist(), n).tolist() if n > 1 else [largest],
     )
@@ -34,9 +34,9 @@ def noise_levels(schedule, n: int) -> Tensor:
 SAMPLERS: dict[str, tuple[Callable, Callable]] = {
     "ddpm": (ddpm, even),
     "ddim": (ddim, even),
-    "heun": (heun, few_times),
-    "dpmpp_2m": (dpmpp_2m, few_times),
-    "dpmpp_2m_sde": (dpmpp_2m_sde, few_times),
+    "heun": (heun, even_logsnr_grid),
+    "dpmpp_2m": (dpmpp_2m, even_logsnr_grid),
+    "dpmpp_2m_sde": (dpmpp_2m_sde, even_logsnr_grid),
     "reverse_sde": (reverse_sde, from_data),
     "predictor_corrector": (predictor_corrector, from_data),
     "consistency": (consistency_sample, noise_levels),

@@ -8,9 +8,9 @@ from diffusion_nb.cli.models import device_name
 
 
 def train(args) -> int:
-    from diffusion_nb.training.sharding import together
+    from diffusion_nb.training.sharding import process_group
 
-    with together(cpu=args.device == "cpu") as team:
+    with process_group(cpu=args.device == "cpu") as team:
         return train_together(args, team)
 
 
@@ -19,17 +19,17 @@ def watchers(args, out: Path, denoiser, shape, classes: int, device) -> list:
     import torch
 
     from diffusion_nb.training.ema import PowerEMA
-    from diffusion_nb.training.hooks import Grids, JsonLines, Speed, TensorBoard, fixed_draws
+    from diffusion_nb.training.hooks import JsonLogger, SampleGrids, TensorBoard, Throughput, fixed_draws
     from diffusion_nb.util.profiling import matrix_peak
 
     hooks = [
-        JsonLines(out / "log.jsonl"),
-        Speed(matrix_peak(device, torch.bfloat16 if args.bf16 else torch.float32)),
+        JsonLogger(out / "log.jsonl"),
+        Throughput(matrix_peak(device, torch.bfloat16 if args.bf16 else torch.float32)),
     ]
     board = [TensorBoard(out / "tensorboard")] if args.tensorboard else []
     if args.grids:
         draw = fixed_draws(shape, 8 * classes or 64, classes)
-        hooks.append(Grids(out / "grids", draw, args.grids, 8, *board))
+        hooks.append(SampleGrids(out / "grids", draw, args.grids, 8, *board))
     if args.power_ema:
         hooks.append(PowerEMA(denoiser, folder=out / "power", every=args.every))
     return hooks + board

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data import digits
 from ..denoisers import Clip, Denoiser, MeanDenoiser, NetDenoiser, predict_eps
 from .artifacts import artifact
-from .judge import digit_judge, recognised
+from .judge import accuracy_of, digit_judge
 from ..grids import time_grid
 from ..likelihood.bits import bits_per_dim
 from ..losses.bound import bound_loss, vlb_weight
@@ -30,11 +30,16 @@ from ..schedules import DDPMSchedule, linear_betas
 from ..time_samplers import chain_times
 from ..training.lr import warmup_cosine
 from ..training.trainer import Trainer
-from ..variances import large, small
+from ..variances import fixed_large, fixed_small
 
 # %% ../../nbs/08_metrics.ipynb #ab442ed4
 ABLATION = dict(T=int, width=int, steps=int, batch=int, lr=float, ema=float, seeds=int)
-CELLS = [(target, loss, var) for target in ("mean", "eps") for loss in ("L", "simple") for var in (large, small)]
+CELLS = [
+    (target, loss, var)
+    for target in ("mean", "eps")
+    for loss in ("L", "simple")
+    for var in (fixed_large, fixed_small)
+]
 
 
 def ablation_denoiser(r: dict, target: str, seed: int) -> Denoiser:
@@ -62,7 +67,7 @@ def ablation_numbers(denoiser: Denoiser, r: dict, var: Callable) -> list[float]:
     bits = bits_per_dim(denoiser, data.x_test, time_grid(r["T"]), levels=17, var=var, y=data.y_test)
     return [
         frechet_distance(judge.features(x), judge.features(data.x)),
-        recognised(judge, x, y),
+        accuracy_of(judge, x, y),
         bits.total.mean().item(),
     ]
 

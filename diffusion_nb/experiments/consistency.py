@@ -14,28 +14,28 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..data import digits
-from ..denoisers import AsVE, Clip, Consistency, Guess
+from ..denoisers import Clip, Consistency, DenoiserConsistency, VEView
 from .artifacts import artifact
 from .digits import digit_denoiser
-from .judge import digit_judge, recognised, train_judge
-from ..grids import noise_times
+from .judge import accuracy_of, digit_judge, train_judge
+from ..grids import sigma_grid
 from diffusion_nb.losses.consistency import (
-    absolute,
     consistency_distillation,
     consistency_training,
     equal_weight,
     euler_step,
+    mae,
     perceptual,
     pseudo_huber,
 )
 from ..metrics.features import frechet_distance
-from ..nets.classifier import Judge
+from ..nets.classifier import DigitClassifier
 from ..noise import Noise
 from ..recipes.consistency import consistency_trainer
 from ..recipes.diffusion import recipe, recipe_denoiser
 from ..recipes.settings import settings
 from ..samplers.consistency import consistency_sample
-from ..schedules import RelativeNoise
+from ..schedules import RescaledSchedule
 from ..training.trainer import Trainer
 
 # %% ../../nbs/18_consistency.ipynb #714ce235
@@ -43,7 +43,7 @@ DIGITS = dict(levels=int, smallest=float, largest=float, batch=int, ema=float, b
               ct_steps=int, ct_lr=float, tuned_steps=int, tuned_lr=float, short_steps=int)  # fmt: skip
 SIGMAS = {1: (20.0,), 2: (20.0, 0.8), 4: (20.0, 3.0, 1.0, 0.4)}  # where a sampler of so many steps asks
 STUDENTS = ("CD", "CT", "CT, tuned")
-VARIANTS = {"as above": {}, "Euler's step": dict(step=euler_step), "ℓ1": dict(distance=absolute), "pseudo-Huber": dict(distance=pseudo_huber(0.03)),
+VARIANTS = {"as above": {}, "Euler's step": dict(step=euler_step), "ℓ1": dict(distance=mae), "pseudo-Huber": dict(distance=pseudo_huber(0.03)),
             "perceptual": dict(eye=True), "4 levels": dict(levels=4), "40 levels": dict(levels=40),
             "averaged target": dict(averaged=True), "λ = 1": dict(weight=equal_weight)}  # fmt: skip
 
@@ -51,7 +51,7 @@ VARIANTS = {"as above": {}, "Euler's step": dict(step=euler_step), "ℓ1": dict(
 def draw_digits(f: nn.Module, sigmas: tuple[float, ...], n: int = 900, seed: int = 1) -> tuple[Tensor, Tensor]:
     "n digits 0, 1, …, 9, 0, … by f, one call for each of `sigmas`, rounded to the grey levels of real ones; and their labels."
     y, noise = torch.arange(n) % 10, Noise(torch.arange(n) + 2**20 * seed, (1, 8, 8))
-    x = consistency_sample(f, sigmas[0] * noise(0), noise_times(f.schedule, *sigmas), noise=noise, y=y)
+    x = consistency_sample(f, sigmas[0] * noise(0), sigma_grid(f.schedule, *sigmas), noise=noise, y=y)
     return (8 * x.clamp(-1, 1)).round() / 8, y
 
 
@@ -59,15 +59,15 @@ def verdict(x: Float[Tensor, "n 1 8 8"], y: Tensor) -> tuple[float, float]:
     "(share recognised, Fréchet distance as the mean over groups of 300), by digit_judge."
     judge, reference = digit_judge(), digits().x
     features, groups = judge.features(reference), judge.features(x).split(300)
-    return recognised(judge, x, y), sum(frechet_distance(g, features) for g in groups) / len(groups)
+    return accuracy_of(judge, x, y), sum(frechet_distance(g, features) for g in groups) / len(groups)
 
 
 def digit_student(kind: str, seed: int) -> nn.Module:
     "A student before training: the teacher's weights, or for CT a fresh network."
     if kind == "CT":
         fresh = recipe_denoiser(recipe("digits") | {"seed": seed}, (1, 8, 8))
-        return Consistency(fresh.net, RelativeNoise(fresh.schedule))
-    return Guess(copy.deepcopy(digit_denoiser()).requires_grad_(True))
+        return Consistency(fresh.net, RescaledSchedule(fresh.schedule))
+    return DenoiserConsistency(copy.deepcopy(digit_denoiser()).requires_grad_(True))
 
 
 def digit_trainer(r: dict, kind: str, seed: int, steps: int, lr: float, levels: int = 0, eye: bool = False, averaged: bool = False,
@@ -79,7 +79,7 @@ def digit_trainer(r: dict, kind: str, seed: int, steps: int, lr: float, levels: 
     make = (
         consistency_training
         if kind.startswith("CT")
-        else partial(consistency_distillation, AsVE(Clip(digit_denoiser())))
+        else partial(consistency_distillation, VEView(Clip(digit_denoiser())))
     )
     trainer = consistency_trainer(
         plan, digits(), digit_student(kind, seed), partial(make, **options), 10, device="cpu"
@@ -90,9 +90,9 @@ def digit_trainer(r: dict, kind: str, seed: int, steps: int, lr: float, levels: 
 
 
 @lru_cache
-def other_judge() -> Judge:
+def other_judge() -> DigitClassifier:
     "A small classifier of digits that is not the one who judges: the eye of the perceptual distance."
-    judge = Judge(16)
+    judge = DigitClassifier(16)
     judge.load_state_dict(train_judge("digits", 16, 400, 128, 0.004, 7)[0])
     return judge.eval().requires_grad_(False)
 

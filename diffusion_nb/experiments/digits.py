@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data import digits
 from ..denoisers import Clip, Denoiser, NetDenoiser
 from .artifacts import artifact
-from .judge import digit_judge, recognised
+from .judge import accuracy_of, digit_judge
 from ..grids import time_grid
 from ..metrics.features import frechet_distance, nearest_distance
 from ..noise import Noise
@@ -38,7 +38,7 @@ def judge_digits(
     reference, real = judge.features(data.x), judge.features(data.x_test)
     groups = judge.features(x).split(300)
     return {
-        "recognised": recognised(judge, x, y),
+        "recognised": accuracy_of(judge, x, y),
         "frechet": sum(frechet_distance(g, reference) for g in groups) / len(groups),
         "frechet of real digits": frechet_distance(real, reference),
         "nearest, relative to real": nearest_distance(x, data.x) / nearest_distance(data.x_test, data.x),
@@ -64,7 +64,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..data import digits
-from .judge import digit_judge, recognised
+from .judge import accuracy_of, digit_judge
 from ..metrics.cards import MetricCard, weights_hash
 from ..metrics.features import density_coverage, frechet_distance, inception_score
 
@@ -75,7 +75,7 @@ def digit_cards(x: Float[Tensor, "n 1 8 8"], y: Tensor, seed: int) -> list[Metri
     f, g = judge.features(x), judge.features(reference)
     density, coverage = density_coverage(g, f)
     values = {"Fréchet distance": frechet_distance(f, g), "density": density, "coverage": coverage,
-              "recognised": recognised(judge, x, y), "inception score": inception_score(judge(x))}  # fmt: skip
+              "recognised": accuracy_of(judge, x, y), "inception score": inception_score(judge(x))}  # fmt: skip
     by = f"digit_judge {weights_hash(judge)}"
     return [
         MetricCard(name, value, len(x), f"{len(reference)} training digits", by, seed=seed)
@@ -88,7 +88,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..denoisers import Clip, Denoiser
-from ..grids import few_times
+from ..grids import even_logsnr_grid
 from ..noise import Noise
 from ..samplers.linear import dpmpp_2m
 
@@ -100,6 +100,10 @@ def variety(x: Float[Tensor, "n *d"], y: Int[Tensor, " n"]) -> float:
 
 def draw_digits(denoiser: Denoiser, seeds: Int[Tensor, " n"], calls: int = 20) -> tuple[Tensor, Tensor]:
     "Digits 0, 1, …, 9, 0, … and their labels, one for each seed; `calls` calls of 2M, guesses held in [-1, 1], rounded to 17 grey levels."
-    y, noise, ts = torch.arange(len(seeds)) % 10, Noise(seeds, (1, 8, 8))(0), few_times(denoiser.schedule, calls)
+    y, noise, ts = (
+        torch.arange(len(seeds)) % 10,
+        Noise(seeds, (1, 8, 8))(0),
+        even_logsnr_grid(denoiser.schedule, calls),
+    )
     x = dpmpp_2m(Clip(denoiser), denoiser.schedule(ts[0])[1].float() * noise, ts, y=y)
     return (8 * x).round() / 8, y

@@ -14,9 +14,9 @@ from ..data import digits
 from ..denoisers import Denoiser, NetDenoiser
 from .artifacts import artifact
 from .digits import digit_denoiser, draw_digits, variety
-from .judge import digit_judge, recognised
+from .judge import accuracy_of, digit_judge
 from ..forward import q_sample
-from ..guidance import CFG, AutoGuidance, ClassifierGuidance, Unlabelled, interval
+from ..guidance import CFG, AutoGuidance, ClassifierGuidance, Unconditional, interval
 from ..metrics.features import frechet_distance, precision_recall
 from ..nets.classifier import NoisyClassifier, classifier_loss
 from ..noise import Noise
@@ -93,7 +93,7 @@ def measured(x: Float[Tensor, "n 1 8 8"], y: Int[Tensor, " n"]) -> list[float]:
     judge, data = digit_judge(), digits()
     f, real = judge.features(x), judge.features(data.x)
     return [
-        recognised(judge, x, y),
+        accuracy_of(judge, x, y),
         frechet_distance(f, real),
         *precision_recall(real, f),
         variety(x, y) / variety(data.x, data.y),
@@ -103,7 +103,7 @@ def measured(x: Float[Tensor, "n 1 8 8"], y: Int[Tensor, " n"]) -> list[float]:
 def guided_digits() -> dict[tuple[str, float], Denoiser]:
     "Each (way of guidance, weight) of the experiment: a denoiser. The weight is w of CFG: 0 is p(x | y), -1 is p(x)."
     model, f, weak = digit_denoiser(), noisy_classifier(), weak_digits()
-    free, some = Unlabelled(model, 10), (0.5, 1.0, 2.0, 4.0, 8.0)
+    free, some = Unconditional(model, 10), (0.5, 1.0, 2.0, 4.0, 8.0)
     return (
         {("CFG", w): CFG(model, w, 10) for w in (-1.0, 0.0, *some)}
         | {("classifier", w): ClassifierGuidance(free, f, w + 1) for w in (0.0, *some)}

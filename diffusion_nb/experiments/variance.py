@@ -18,16 +18,16 @@ from ..denoisers import Clip, NetDenoiser, predict_eps
 from .artifacts import artifact
 from ..forward import Step, posterior_steps
 from ..grids import time_grid
-from ..likelihood.bits import Bits, bits_per_dim, fitted
+from ..likelihood.bits import Bits, bits_per_dim, fitted_variance
 from ..losses.bound import bound_loss, hybrid_loss
 from ..losses.simple import denoising_loss
 from ..nets.unet import UNet
 from ..recipes.settings import settings
 from ..schedules import DDPMSchedule, cosine_betas, linear_betas
-from ..time_samplers import LossHistory, chain_times, weighted
+from ..time_samplers import LossSecondMomentSampler, chain_times, importance_weighted
 from ..training.lr import warmup_cosine
 from ..training.trainer import Trainer
-from ..variances import large, learned, small
+from ..variances import fixed_large, fixed_small, learned_variance
 
 # %% ../../nbs/14_iddpm.ipynb #ea95cf84
 LEVELS = 17  # grey levels of the digits
@@ -49,8 +49,8 @@ def hybrid(T: int) -> tuple[Callable, Callable]:
 
 def bound_alone(T: int) -> tuple[Callable, Callable]:
     "L_vlb, and times drawn by importance."
-    history = LossHistory(T)
-    return weighted(bound_loss(T, LEVELS, learned), history), history
+    history = LossSecondMomentSampler(T)
+    return importance_weighted(bound_loss(T, LEVELS, learned_variance), history), history
 
 
 WAYS = {  # how to train: betas, (loss, times), channels out, how many seeds at most
@@ -101,11 +101,13 @@ def bounds_numbers(denoiser: NetDenoiser) -> Float[Tensor, "2 4"]:
     last = handover(denoiser.schedule)
     speaks = denoiser.net.head[-1].out_channels > 1  # of the variance
     x, y, stop = data.x_test[:n], data.y_test[:n], torch.tensor([1, last / T, 0], dtype=torch.float64)
-    bits = bits_per_dim(model, x, time_grid(T), levels=LEVELS, var=learned if speaks else large, y=y)
-    other = bits_per_dim(model, data.x[:n], stop, levels=LEVELS, var=large, y=data.y[:n])
-    ended = bits_per_dim(model, x, stop, levels=LEVELS, var=large, decoder_var=fitted(other), y=y)
+    bits = bits_per_dim(
+        model, x, time_grid(T), levels=LEVELS, var=learned_variance if speaks else fixed_large, y=y
+    )
+    other = bits_per_dim(model, data.x[:n], stop, levels=LEVELS, var=fixed_large, y=data.y[:n])
+    ended = bits_per_dim(model, x, stop, levels=LEVELS, var=fixed_large, decoder_var=fitted_variance(other), y=y)
     best = lambda pred, step: step.small + step.b**2 * bits.mse[:, :-1].mean(0)
-    steps = [fixed_steps(bits, denoiser.schedule, var) for var in (small, large, best)]
+    steps = [fixed_steps(bits, denoiser.schedule, var) for var in (fixed_small, fixed_large, best)]
     steps.append(bits.steps if speaks else bits.steps * math.nan)
     return torch.stack([
         torch.stack([(bits.prior + s.sum(1) + bits.decoder).mean() for s in steps]),
@@ -157,7 +159,7 @@ def improved(early: bool = False) -> dict[str, list[float]]:
 
 
 def improved_denoiser() -> NetDenoiser:
-    "The network trained with L_hybrid on the cosine schedule of 1000 steps: y = 0…9 or 10 for any; `learned` is its variance (artifact `improved`)."
+    "The network trained with L_hybrid on the cosine schedule of 1000 steps: y = 0…9 or 10 for any; `learned_variance` is its variance (artifact `improved`)."
     denoiser = bounds_denoiser(vars(settings("bounds", **BOUNDS)), cosine_betas, 2)
     denoiser.net.load_state_dict(improved_table()[1])
     return denoiser.eval().requires_grad_(False)

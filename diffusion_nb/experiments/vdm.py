@@ -13,9 +13,18 @@ import torch
 from torch import Tensor
 
 from ..data import digits
-from ..denoisers import Clip, Denoiser, Joint, NetDenoiser, Warped, predict_eps, predict_v, predict_x0
+from diffusion_nb.denoisers import (
+    Clip,
+    Denoiser,
+    NetDenoiser,
+    TimeWarped,
+    X0EpsDenoiser,
+    predict_eps,
+    predict_v,
+    predict_x0,
+)
 from .artifacts import artifact
-from .judge import digit_judge, recognised
+from .judge import accuracy_of, digit_judge
 from .variance import BOUNDS
 from ..grids import time_grid
 from ..likelihood.continuous import vdm_bits
@@ -26,7 +35,7 @@ from ..noise import Noise
 from ..recipes.settings import settings
 from ..recipes.vdm import vdm_denoiser, vdm_recipe, vdm_trainer
 from ..samplers.linear import ddim
-from ..schedules import CosineSchedule, From
+from ..schedules import CosineSchedule, TruncatedTime
 from ..training.lr import warmup_cosine
 from ..training.trainer import Trainer
 
@@ -56,7 +65,7 @@ def vdm_digits_recipe() -> dict:
     return vdm_recipe("digits") | {key: value for key, value in shared.items() if key != "T"}
 
 
-def vdm_digits() -> tuple[Warped, dict[str, Tensor]]:
+def vdm_digits() -> tuple[TimeWarped, dict[str, Tensor]]:
     "The trained model of 8×8 digits, y = 0…9 or 10 for any, and the measurements of `run_vdm` (artifact `vdm`, made by `vdm_digits_recipe()`, eight minutes)."
     r = vdm_digits_recipe()
     tensors, _ = artifact("vdm", run_vdm, r)
@@ -78,7 +87,7 @@ def goal_denoiser(r: dict, goal: str, seed: int) -> Denoiser:
         torch.manual_seed(seed)
         net = UNet(1, r["width"], (1, 2), 1, (1,), classes=10, channels_out=1 + both)
     denoiser = NetDenoiser(net, CosineSchedule(), GOALS[goal])
-    return Joint(denoiser) if both else denoiser
+    return X0EpsDenoiser(denoiser) if both else denoiser
 
 
 @torch.no_grad()
@@ -90,11 +99,13 @@ def goal_numbers(denoiser: Denoiser) -> tuple[list[float], Tensor]:
         y, noise = torch.arange(n) % 10, Noise(range(n), (1, 8, 8))
         x = (8 * ddim(model, noise(0), time_grid(20), y=y)).round() / 8
         groups = judge.features(x.clamp(-3, 3)).split(300)
-        return sum(frechet_distance(g, judge.features(data.x)) for g in groups) / len(groups), recognised(
+        return sum(frechet_distance(g, judge.features(data.x)) for g in groups) / len(groups), accuracy_of(
             judge, x, y
         )
 
-    bits = vdm_bits(Warped(Clip(denoiser), From(LATE)), data.x_test[:100], 17, times=32, y=data.y_test[:100])
+    bits = vdm_bits(
+        TimeWarped(Clip(denoiser), TruncatedTime(LATE)), data.x_test[:100], 17, times=32, y=data.y_test[:100]
+    )
     (frechet, share), (raw, _) = drawn(Clip(denoiser), 600), drawn(denoiser, 300)
     ts, noise = torch.linspace(0.02, 1, 15, dtype=torch.float64), Noise(range(300), (1, 8, 8))
     errors = [

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_nb.denoisers import Denoiser, NetDenoiser, Pred
+from diffusion_nb.denoisers import Denoiser, NetDenoiser, Prediction
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -39,7 +39,7 @@ def own_code(method: MethodType) -> MethodType:
     )
 
 
-class Fast(Denoiser):
+class CompiledDenoiser(Denoiser):
     """The guesses of `denoiser`, faster: from a copy, in eval mode and without gradients. Use it where many guesses of one shape are needed.
 
     Parameters
@@ -80,4 +80,4 @@ class Fast(Denoiser):
         rest = self._call(x, t, **cond)
         if self.compiled:
             rest = [None if v is None else v.clone() for v in rest]
-        return Pred(x_t, *rest)
+        return Prediction(x_t, *rest)

@@ -10,14 +10,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusion_nb.denoisers import Denoiser, check_cond
-from diffusion_nb.generation.fast import Fast, device_of
+from diffusion_nb.generation.fast import CompiledDenoiser, device_of
 from diffusion_nb.generation.formats import FORMS
 from diffusion_nb.generation.record import conditions, record
-from diffusion_nb.generation.store import Parts, begin, clear, finished, merge
+from diffusion_nb.generation.store import ChunkStore, begin, clear, finished, merge
 from diffusion_nb.noise import Noise
-from diffusion_nb.util.checks import check_eval, like
+from diffusion_nb.util.checks import check_eval, expand_as
 from diffusion_nb.util.images import to_bytes
-from diffusion_nb.util.interrupts import telling
+from diffusion_nb.util.interrupts import report_on_interrupt
 from diffusion_nb.util.profiling import largest_that_fits
 
 
@@ -28,7 +28,9 @@ def draw(denoiser: Denoiser, sampler: Callable, ts: Float[Tensor, " n+1"], seeds
     noise = Noise(seeds, tuple(shape), device)
     _, sigma = denoiser.schedule(ts[0].to(device))
     x = noise(0)
-    return sampler(denoiser, like(sigma, x) * x, ts, noise=noise, **{k: v.to(device) for k, v in cond.items()})
+    return sampler(
+        denoiser, expand_as(sigma, x) * x, ts, noise=noise, **{k: v.to(device) for k, v in cond.items()}
+    )
 
 
 def fitting_chunk(
@@ -38,7 +40,7 @@ def fitting_chunk(
     if device_of(denoiser).type != "cuda":
         return min(64, most)
     eager = (
-        denoiser.denoiser if isinstance(denoiser, Fast) else denoiser
+        denoiser.denoiser if isinstance(denoiser, CompiledDenoiser) else denoiser
     )  # a recording for each size would fill the memory
     first = torch.zeros(1, dtype=torch.long)
     return largest_that_fits(
@@ -89,7 +91,7 @@ def check_pictures(x: Float[Tensor, "b *d"], seeds: Int[Tensor, " b"], shape: Se
 
 
 def draw_missing(
-    parts: Parts, safe: Bool[Tensor, " n"], rows: Callable, chunk: int, rank: int, world: int
+    parts: ChunkStore, safe: Bool[Tensor, " n"], rows: Callable, chunk: int, rank: int, world: int
 ) -> None:
     "Draw this process's chunks of which a picture is missing: each whole, so that all have one size, the last filled up with its last picture."
     n, mine = parts.n, range(rank * chunk, parts.n, world * chunk)
@@ -127,12 +129,12 @@ def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[T
     told = conditions(cond or {}, n, first)
     if isinstance(cond, dict):
         check_cond(denoiser, n, cond)
-    parts = Parts(out, record(denoiser, sampler, ts, n, shape, cond or {}, first))
+    parts = ChunkStore(out, record(denoiser, sampler, ts, n, shape, cond or {}, first))
 
     def rows(i):
         return kept(denoiser, sampler, ts, i + first, shape, told(i), bytes=out.suffix != ".safetensors")
 
-    with telling(parts.said):
+    with report_on_interrupt(parts.said):
         out.parent.mkdir(parents=True, exist_ok=True)
         with parts.lock:
             if replace:

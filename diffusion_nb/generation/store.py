@@ -42,7 +42,7 @@ def check_free(out: Path) -> None:
         )
 
 
-class Parts:
+class ChunkStore:
     """Where a run keeps what it has: the result at `out`, its record in `out`.json, and until then the finished chunks, one file each, in `out`.parts.
 
     about: the record, to which the checksums belong; the seeds are first … first + n - 1.
@@ -90,7 +90,7 @@ class Parts:
         return f"{count} of {self.n} pictures are safe in {self.folder}; the same call goes on from there"
 
 
-def finished(parts: Parts) -> bool:
+def finished(parts: ChunkStore) -> bool:
     "Whether the result is complete, as its record says. Raises ValueError where it is of another run, or not what was written."
     here = read_record(parts.card)
     if here is None or not parts.out.exists():
@@ -102,7 +102,7 @@ def finished(parts: Parts) -> bool:
     return True
 
 
-def begin(parts: Parts, chunk: int | None, fitting: Callable[[], int]) -> int:
+def begin(parts: ChunkStore, chunk: int | None, fitting: Callable[[], int]) -> int:
     "Write the record where there is none; returns the size of the chunks. Raises ValueError where the place holds something else."
     if (here := read_record(parts.begun)) is not None:
         check_record(here, parts.about, parts.folder)
@@ -113,7 +113,7 @@ def begin(parts: Parts, chunk: int | None, fitting: Callable[[], int]) -> int:
     return chunk
 
 
-def clear(parts: Parts) -> None:
+def clear(parts: ChunkStore) -> None:
     "Delete a result or chunks of another run; move aside a result that is not as it was written. What has no record is left alone."
     try:
         finished(parts)
@@ -159,7 +159,7 @@ def put_in_place(draft: Path, out: Path, sha256: str) -> None:
     os.rename(draft, out)
 
 
-def merge(parts: Parts) -> bool:
+def merge(parts: ChunkStore) -> bool:
     "Put the parts together if all are there, and delete them; says how many there are, if not."
     out, found = parts.out, {}
     if not (safe := parts.there(found)).all():

@@ -20,7 +20,7 @@ from ..denoisers import Denoiser, check_cond
 from ..forward import Step, posterior_steps, transition
 from .bits import check_levels
 from ..util.checks import check_finite, check_sampling
-from ..variances import large
+from ..variances import fixed_large
 
 # %% ../../nbs/16_zip.ipynb #d98b6e8d
 FLOOR = 2**64  # a stack never gets smaller
@@ -29,7 +29,7 @@ FLOOR = 2**64  # a stack never gets smaller
 class Stack:
     """A message as one whole number `state`: what is pushed last is popped first. (asymmetric numeral system; Duda 2009)
 
-    A table holds cumulative whole numbers from 0, as in `pack`: number i has table[i] … table[i+1] - 1 of the table[-1] places.
+    A table holds cumulative whole numbers from 0, as in `arithmetic_encode`: number i has table[i] … table[i+1] - 1 of the table[-1] places.
     """
 
     def __init__(self, state: int):
@@ -100,7 +100,7 @@ def normal_tables(grid: Grid, mean: Tensor, var: Tensor | float) -> list[NormalT
     std = torch.as_tensor(var, dtype=torch.float64).sqrt().expand_as(mean)
     if not (std > 0).all():
         raise ValueError(
-            "var, decoder_var: expected a positive variance; `small` is 0 in the last step, `large` is DDPM's choice"
+            "var, decoder_var: expected a positive variance; `fixed_small` is 0 in the last step, `fixed_large` is DDPM's choice"
         )
     return [NormalTable(grid, m, s) for m, s in zip(mean.flatten().tolist(), std.flatten().tolist(), strict=True)]
 
@@ -128,7 +128,7 @@ class LosslessCodec(NamedTuple):
     ts: Float[Tensor, " k+2"]
     levels: int
     var: Callable
-    decoder_var: Callable = large
+    decoder_var: Callable = fixed_large
     fineness: float = 0.25
     initial: int = 1024
     classes: int = 0

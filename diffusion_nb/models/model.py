@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffusion_nb.denoisers import Guess
+from diffusion_nb.denoisers import DenoiserConsistency
 from diffusion_nb.recipes.diffusion import recipe_denoiser
 from diffusion_nb.recipes.vdm import vdm_denoiser
 from diffusion_nb.util.checks import check_numbers
@@ -17,7 +17,7 @@ FAMILIES = {  # what builds the network of a recipe
     "diffusion": recipe_denoiser,
     "vdm": vdm_denoiser,
     "student": recipe_denoiser,  # of progressive distillation
-    "consistency": lambda r, shape: Guess(recipe_denoiser(r, shape)),
+    "consistency": lambda r, shape: DenoiserConsistency(recipe_denoiser(r, shape)),
 }
 FILES = "model.safetensors", "checkpoint.safetensors"
 

@@ -7,11 +7,11 @@ from functools import partial
 from torch import nn
 
 from diffusion_nb.data import Pictures, data_set
-from diffusion_nb.denoisers import AsVE, Clip, Guess, NetDenoiser
+from diffusion_nb.denoisers import Clip, DenoiserConsistency, NetDenoiser, VEView
 from diffusion_nb.grids import edm_grid
 from diffusion_nb.losses.consistency import consistency_distillation, consistency_training
 from diffusion_nb.recipes.settings import settings
-from diffusion_nb.time_samplers import Levels, steady
+from diffusion_nb.time_samplers import LevelSampler, constant_levels
 from diffusion_nb.training.lr import warmup_cosine
 from diffusion_nb.training.trainer import Trainer
 
@@ -37,20 +37,22 @@ def consistency_trainer(
 
     The recipe's keys are those of RECIPE; the grid has r["levels"] steps, the last one down to 0. With classes, one label in ten becomes "any".
     """
-    levels = Levels(steady(edm_grid(f.schedule, r["levels"], r["smallest"], r["largest"])))
+    levels = LevelSampler(constant_levels(edm_grid(f.schedule, r["levels"], r["smallest"], r["largest"])))
     labels = dict(cond={"y": pictures.y}, null=classes) if classes else {}
     return Trainer(f, pictures.x, steps=r["steps"], batch=r["batch"], lr=warmup_cosine(r["lr"], r["warmup"], r["steps"]), time_sampler=levels,
                    loss=make_loss(levels), ema=r["ema"], betas=(0.9, r["beta2"]), seed=r["seed"], **labels, **options)  # fmt: skip
 
 
-def train_consistency(name: str, teacher: NetDenoiser, classes: int = 0, distil: bool = True, **options) -> Guess:
+def train_consistency(
+    name: str, teacher: NetDenoiser, classes: int = 0, distil: bool = True, **options
+) -> DenoiserConsistency:
     """A one-step model of MNIST or CIFAR-10, by [consistency.NAME] of settings.ini, that starts from the weights of a teacher.
 
     classes: how many the teacher knows. distil: whether to follow the teacher, too. options: device, bf16, compile, checkpoint, save_every.
     """
     r = vars(settings(f"consistency.{name}", **RECIPE))
-    f = Guess(copy.deepcopy(teacher).requires_grad_(True))
-    teacher = AsVE(Clip(teacher)).eval().requires_grad_(False)
+    f = DenoiserConsistency(copy.deepcopy(teacher).requires_grad_(True))
+    teacher = VEView(Clip(teacher)).eval().requires_grad_(False)
     make = partial(consistency_distillation, teacher) if distil else consistency_training
     trainer = consistency_trainer(r, data_set(r["data"]).load(), f, make, classes, **options)
     teacher.to(trainer.device)

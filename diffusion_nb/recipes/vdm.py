@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffusion_nb.denoisers import NetDenoiser, Warped, predict_eps
+from diffusion_nb.denoisers import NetDenoiser, TimeWarped, predict_eps
 from diffusion_nb.likelihood.bits import check_levels
 from diffusion_nb.losses.vdm import vdm_loss
-from diffusion_nb.nets.conditioning import FourierFeatures, TellGamma
+from diffusion_nb.nets.conditioning import FourierFeatures, GammaConditioning
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.recipes.diffusion import labelled, learning_rate
 from diffusion_nb.recipes.settings import ints, one_of, settings
@@ -25,7 +25,7 @@ def vdm_recipe(name: str) -> dict:
     return vars(settings(f"vdm.{name}", **VDM))
 
 
-def vdm_denoiser(r: dict, shape: Sequence[int]) -> Warped:
+def vdm_denoiser(r: dict, shape: Sequence[int]) -> TimeWarped:
     "The fresh model of a recipe, for pictures of this shape: a network told γ, with Fourier features, on a learned clock."
     channels, schedule = shape[0], LearnedSchedule(r["first"], r["last"], r["soft_steps"])
     with torch.random.fork_rng(devices=[]):
@@ -33,8 +33,8 @@ def vdm_denoiser(r: dict, shape: Sequence[int]) -> Warped:
         net = UNet(channels * (1 + 2 * len(r["exponents"])), r["width"], r["mults"], r["blocks"], r["attention"], classes=r["classes"],
                    dropout=r["dropout"], patch=r["patch"], channels_out=channels)  # fmt: skip
     line = schedule.schedule
-    return Warped(
-        NetDenoiser(FourierFeatures(net, r["exponents"]), line, predict_eps, c_noise=TellGamma(line)),
+    return TimeWarped(
+        NetDenoiser(FourierFeatures(net, r["exponents"]), line, predict_eps, c_noise=GammaConditioning(line)),
         schedule.warp,
     )
 
@@ -44,7 +44,7 @@ def vdm_trainer(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    denoiser: Warped | None = None,
+    denoiser: TimeWarped | None = None,
     compile: bool = False,
     **options,
 ) -> Trainer:

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..denoisers import Denoiser, Pred
+from ..denoisers import Denoiser, Prediction
 from ..util.checks import check_batch, check_eval, check_finite, check_sampling, check_time
 
 # %% ../../nbs/09_langevin.ipynb #1a5d9701
-def langevin_step(pred: Pred, delta: float, eps: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
+def langevin_step(pred: Prediction, delta: float, eps: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
     "x + (delta/2) score + √delta eps. (SUR-sgld; Welling and Teh 2011)"
     return pred.x_t + delta / 2 * pred.score + delta**0.5 * eps
 
@@ -61,7 +61,7 @@ def annealed_langevin(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Te
     Parameters
     ----------
     x: where to start, at time ts[0]; sigma(ts[0]) times noise will do where sigma/alpha is large.
-    ts: falling times, usually `ladder(schedule, …)`; the levels should be close, and the denoiser is not called at the last.
+    ts: falling times, usually `geometric_grid(schedule, …)`; the levels should be close, and the denoiser is not called at the last.
     epsilon: the step on the lowest level, below 4 sigma(ts[-2])²: larger ones overshoot. NCSN took 0.2 sigma².
     noise, callback, cond: as in `ddpm`, with i counting the steps on all levels.
     The result keeps the noise of ts[-2], scaled to ts[-1]: `denoiser(x, ts[-2]).x0` on the state before would remove it.

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..denoisers import Denoiser
 from ..forward import Step, posterior_steps
 from ..util.checks import check_sampling
-from ..variances import small
+from ..variances import fixed_small
 
 # %% ../../nbs/07_ancestral.ipynb #e09d9b21
 def linear_walk(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], a: Float[Tensor, " n"], b: Float[Tensor, " n"],
@@ -43,7 +43,7 @@ def linear_walk(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, 
 
 @torch.no_grad()
 def ddpm(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, noise: Callable[[int], Tensor],
-         var: Callable = small, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
+         var: Callable = fixed_small, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
     """Ancestral sampling: x_s ~ N(a x_t + b x̂0, var) along the times `ts`. (DDPM-1, DDPM-11, DDPM-A2)
 
     Parameters
@@ -51,7 +51,7 @@ def ddpm(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"]
     x: where to start, at time ts[0]; `noise(0)` times the schedule's sigma for a fresh sample.
     ts: falling times, usually `time_grid(n)`. The denoiser is called at all but the last.
     noise: k ↦ standard normal noise like x, such as `Noise(seeds, shape)`; step i (from 0) takes noise(i + 1).
-    var: (pred, step) ↦ the variance of the step: `small`, `large`, or a function of your own.
+    var: (pred, step) ↦ the variance of the step: `fixed_small`, `fixed_large`, or a function of your own.
     callback: called as callback(i, x, pred) after step i. cond: passed on to the denoiser.
     Nothing is added in a step that ends at time 0.
     """
@@ -70,10 +70,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..denoisers import Denoiser, Pred
+from ..denoisers import Denoiser, Prediction
 from ..forward import posterior_steps
 from ..schedules import Schedule
-from ..util.checks import check_sampling, like
+from ..util.checks import check_sampling, expand_as
 
 # %% ../../nbs/11_ddim.ipynb #881bbad7
 def _blend(schedule: Schedule, ts: Float[Tensor, " n+1"], var: Tensor | float = 0.0):
@@ -83,9 +83,9 @@ def _blend(schedule: Schedule, ts: Float[Tensor, " n+1"], var: Tensor | float = 
     return k, alpha[1:] - k * alpha[:-1]
 
 
-def ddim_step(pred: Pred, schedule: Schedule, s: Float[Tensor, "*b"]) -> Float[Tensor, "b *d"]:
+def ddim_step(pred: Prediction, schedule: Schedule, s: Float[Tensor, "*b"]) -> Float[Tensor, "b *d"]:
     "alpha_s x̂0 + sigma_s ε̂: where one step of DDIM lands, one time s for all samples or one for each. (SUR-ddim)"
-    alpha, sigma = (like(c, pred.x_t) for c in schedule(s))
+    alpha, sigma = (expand_as(c, pred.x_t) for c in schedule(s))
     return alpha * pred.x0 + sigma * pred.eps
 
 

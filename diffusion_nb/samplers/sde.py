@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..denoisers import Denoiser
 from ..schedules import Schedule
-from ..util.checks import check_sampling, check_time, like
+from ..util.checks import check_sampling, check_time, expand_as
 
 # %% ../../nbs/10_sde.ipynb #ac58131a
 class Rates(NamedTuple):
@@ -135,7 +135,7 @@ def predictor_corrector(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[
 def velocity(denoiser: Denoiser, x: Float[Tensor, "b *d"], t: Float[Tensor, ""], **cond) -> Float[Tensor, "b *d"]:
     "dx/dt = f x - ½ g² score = alpha' x̂0 + sigma' ε̂ of the probability flow. (SDE-ode; Song et al. 2021, eq. 13)"
     r, pred = rates(denoiser.schedule, t), denoiser(x, t, **cond)
-    return like(r.d_alpha, x) * pred.x0 + like(r.d_sigma, x) * pred.eps
+    return expand_as(r.d_alpha, x) * pred.x0 + expand_as(r.d_sigma, x) * pred.eps
 
 
 def solve(func: Callable, state, ts: Float[Tensor, " n+1"], rtol: float, atol: float):

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusion_nb.denoisers import Clip, Denoiser
 from diffusion_nb.losses.distillation import distillation_loss
 from diffusion_nb.time_samplers import chain_times
-from diffusion_nb.training.lr import falling
+from diffusion_nb.training.lr import linear_decay
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.checks import default_device
 
@@ -43,7 +43,7 @@ def distill(teacher: Denoiser, x0: Float[Tensor, "k *d"], n_from: int, n_to: int
     while n > n_to:
         n //= 2
         student = copy.deepcopy(teacher).requires_grad_(True)
-        trainer = Trainer(student, x0, steps=steps(n), lr=falling(lr, steps(n)), time_sampler=chain_times(n), seed=1000 * seed + n,
+        trainer = Trainer(student, x0, steps=steps(n), lr=linear_decay(lr, steps(n)), time_sampler=chain_times(n), seed=1000 * seed + n,
                           loss=objective(wrap(teacher), n), checkpoint=folder and Path(folder) / f"student-{n}.safetensors", **options)  # fmt: skip
         teacher = students[n] = trainer.fit()
     return students

@@ -39,7 +39,7 @@ def numbers(trainer: Trainer) -> dict[str, float]:
 
 
 def read_rows(path: Path | str) -> list[dict]:
-    "The rows of a file that `JsonLines` wrote, without a last line that was cut short. Raises ValueError for any other line that is no row."
+    "The rows of a file that `JsonLogger` wrote, without a last line that was cut short. Raises ValueError for any other line that is no row."
     rows, lines, opening = [], Path(path).read_bytes().split(b"\n"), b'{"step": '
     for i, line in enumerate(lines):
         try:
@@ -54,7 +54,7 @@ def read_rows(path: Path | str) -> list[dict]:
     return rows
 
 
-class JsonLines:
+class JsonLogger:
     """A hook: one JSON line at each reading of the loss, on the first process only. `read_rows` reads them.
 
     path: the file. Where it exists, rows later than the step at which the training goes on are dropped first, and so is a torn last line: a run
@@ -94,7 +94,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise ImportError(
-                "TensorBoard needs a package that is not there: pip install tensorboard (JsonLines needs none)"
+                "TensorBoard needs a package that is not there: pip install tensorboard (JsonLogger needs none)"
             ) from e
         self.make, self.folder, self.last, self.writer = SummaryWriter, str(folder), -1, None
 
@@ -140,7 +140,7 @@ def check_every(every: int) -> None:
         raise ValueError(f"every: expected at least 1 step, got {every}")
 
 
-class Grids:
+class SampleGrids:
     """A hook: a PNG of what the averaged weights draw, `step-00001000.png`, every so many steps and at the end, on the first process only.
 
     draw: denoiser ↦ pictures (n, c, h, w), such as `fixed_draws`. The training is not disturbed: its random numbers are those without this hook.
@@ -163,7 +163,7 @@ class Grids:
             return
         if trainer.state.shard:
             raise ValueError(
-                "Grids: with shard=True the averaged weights are whole only at the end; draw from a checkpoint, or train without shard"
+                "SampleGrids: with shard=True the averaged weights are whole only at the end; draw from a checkpoint, or train without shard"
             )
         if trainer.rank:
             return
@@ -194,7 +194,7 @@ def training_flops(trainer: Trainer) -> float:
         return 3 * flops(lambda: trainer.loss(trainer.average, x0, t, eps, **cond))
 
 
-class Speed:
+class Throughput:
     "A hook that says at the end how fast it went: pictures a second (the median reading), operations a picture, and with `peak` (as `matrix_peak` gives it, of one device) the share of it that was used."
 
     def __init__(self, peak: float | None = None):

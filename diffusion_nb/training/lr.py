@@ -14,6 +14,6 @@ def warmup_constant(peak: float, warmup: int) -> Callable[[int], float]:
     return lambda k: peak * min((k + 1) / warmup, 1.0)
 
 
-def falling(lr: float, steps: int) -> Callable[[int], float]:
+def linear_decay(lr: float, steps: int) -> Callable[[int], float]:
     "k ↦ the learning rate, from lr down to 0 in a line."
     return lambda k: lr * (1 - k / steps)

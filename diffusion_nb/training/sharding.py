@@ -64,7 +64,7 @@ def check_same_step(step: int, world: int, checkpoint) -> None:
             raise ValueError(f"the processes found checkpoints of different steps, {found}: put {checkpoint} where all of them see it")  # fmt: skip
 
 
-class Team(NamedTuple):
+class Process(NamedTuple):
     "One process among `world`: its device, and its rank from 0."
 
     device: torch.device
@@ -73,8 +73,8 @@ class Team(NamedTuple):
 
 
 @contextlib.contextmanager
-def together(cpu: bool = False) -> Iterator[Team]:
-    """`with together() as team:` joins the processes that torchrun or accelerate launch have started, and parts from them at the end.
+def process_group(cpu: bool = False) -> Iterator[Process]:
+    """`with process_group() as team:` joins the processes that torchrun or accelerate launch have started, and parts from them at the end.
 
     Each has its own GPU (nccl), or all share the CPU (gloo) where there is none or `cpu` says so. A process by itself is a team of one.
     Once in a process; processes that have been joined before are left joined. After an error a process leaves without a word: the others may be waiting for it.
@@ -94,7 +94,7 @@ def together(cpu: bool = False) -> Iterator[Team]:
             PartialState._reset_state()
 
     try:
-        yield Team(state.device, state.process_index, state.num_processes)
+        yield Process(state.device, state.process_index, state.num_processes)
     except KeyboardInterrupt:  # which all of them get
         leave()
         raise

@@ -13,7 +13,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def like(a: Tensor, x: Tensor) -> Tensor:
+def expand_as(a: Tensor, x: Tensor) -> Tensor:
     "`a`, one number or one number a sample, in the dtype of `x` and shaped to multiply it: (B,) becomes (B, 1, …, 1)."
     return a.to(x.dtype).reshape(a.shape + (1,) * (x.ndim - 1)) if a.ndim else a.to(x.dtype)
 

@@ -23,7 +23,7 @@ def deferred_interrupt():
 
 
 @contextlib.contextmanager
-def telling(safe: Callable[[], str]):
+def report_on_interrupt(safe: Callable[[], str]):
     "Inside, SIGTERM interrupts as Ctrl-C does; and an interruption, a full disk or a failure at work says `safe()`: what is not lost."
     on_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if on_main else None

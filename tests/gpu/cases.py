@@ -11,25 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_nb.denoisers import (
-    AsVE,
     Clip,
     Consistency,
     Denoiser,
-    Guess,
+    DenoiserConsistency,
     NetDenoiser,
-    Warped,
+    TimeWarped,
+    VEView,
     predict_eps,
     predict_v,
     unit_input,
 )
-from diffusion_nb.generation.fast import Fast
+from diffusion_nb.generation.fast import CompiledDenoiser
 from diffusion_nb.grids import edm_grid, time_grid
 from diffusion_nb.losses.bound import bound_loss, hybrid_loss
 from diffusion_nb.losses.consistency import consistency_distillation, consistency_training
 from diffusion_nb.losses.distillation import distillation_loss
 from diffusion_nb.losses.simple import denoising_loss, snr, snr_plus_one
 from diffusion_nb.losses.vdm import vdm_loss
-from diffusion_nb.nets.conditioning import FourierFeatures, TellGamma
+from diffusion_nb.nets.conditioning import FourierFeatures, GammaConditioning
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.samplers.heun import heun
@@ -40,22 +40,29 @@ from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
     EDMSchedule,
-    From,
     LearnedSchedule,
     LinearGamma,
-    RelativeNoise,
+    RescaledSchedule,
     Schedule,
+    TimeWarpedSchedule,
+    TruncatedTime,
     VESchedule,
     VPSchedule,
-    WarpedSchedule,
     cosine_betas,
     linear_betas,
 )
-from diffusion_nb.time_samplers import Levels, LossHistory, chain_times, continuous_times, steady, weighted
+from diffusion_nb.time_samplers import (
+    LevelSampler,
+    LossSecondMomentSampler,
+    chain_times,
+    constant_levels,
+    continuous_times,
+    importance_weighted,
+)
 from diffusion_nb.training.batches import flip_half
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.profiling import HostSyncs
-from diffusion_nb.variances import large
+from diffusion_nb.variances import fixed_large
 
 DEVICE = torch.device(os.environ.get("DIFFUSION_NB_GPU_TESTS_ON", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -110,9 +117,9 @@ SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "cosine": CosineSchedule,
     "VE": VESchedule,
     "EDM": EDMSchedule,
-    "relative noise": lambda: RelativeNoise(DDPMSchedule(linear_betas())),
+    "relative noise": lambda: RescaledSchedule(DDPMSchedule(linear_betas())),
     "linear gamma": LinearGamma,
-    "warped": lambda: WarpedSchedule(CosineSchedule(), From(0.1)),
+    "warped": lambda: TimeWarpedSchedule(CosineSchedule(), TruncatedTime(0.1)),
     "learned": lambda: LearnedSchedule(width=16),
 }
 
@@ -138,7 +145,7 @@ def walked_langevin(model, x, ts, *, noise, **cond):
 
 SAMPLERS: dict[str, Callable] = {
     "ddpm": ddpm,
-    "ddpm, large": partial(ddpm, var=large),
+    "ddpm, large": partial(ddpm, var=fixed_large),
     "ddim": ddim,
     "ddim, eta 1": partial(ddim, eta=1.0),
     "heun": heun,
@@ -178,41 +185,41 @@ class Task(NamedTuple):
     loss: Callable
 
 
-def vdm_model(net: Callable) -> Warped:
+def vdm_model(net: Callable) -> TimeWarped:
     "A denoiser with Fourier features on a learned clock."
     schedule = LearnedSchedule(width=16)
     inner = FourierFeatures(net(3 * SHAPE[0], channels_out=SHAPE[0]), (0,))
-    told = TellGamma(schedule.schedule)
-    return Warped(NetDenoiser(inner, schedule.schedule, predict_eps, c_noise=told), schedule.warp)
+    told = GammaConditioning(schedule.schedule)
+    return TimeWarped(NetDenoiser(inner, schedule.schedule, predict_eps, c_noise=told), schedule.warp)
 
 
 def teacher(device: torch.device, fast: bool, net: Callable, scale: Callable = lambda d: d) -> Denoiser:
     "A teacher on the device, with CUDA graphs if `fast`."
     model = ready(scale(Clip(denoiser(net(seed=1), "cosine"))), device)
-    return Fast(model, **COMPILER) if fast else model
+    return CompiledDenoiser(model, **COMPILER) if fast else model
 
 
 def importance(device: torch.device, fast: bool, net: Callable) -> Task:
     "The bound at times drawn by importance."
-    history = LossHistory(CHAIN, memory=1)
-    return Task(denoiser(net()), history, weighted(bound_loss(CHAIN, LEVELS), history))
+    history = LossSecondMomentSampler(CHAIN, memory=1)
+    return Task(denoiser(net()), history, importance_weighted(bound_loss(CHAIN, LEVELS), history))
 
 
-def levels(schedule: Schedule) -> Levels:
+def levels(schedule: Schedule) -> LevelSampler:
     "A grid of 18 levels under this schedule."
-    return Levels(steady(edm_grid(schedule, 18, 0.02, 80.0)))
+    return LevelSampler(constant_levels(edm_grid(schedule, 18, 0.02, 80.0)))
 
 
 def follow(device: torch.device, fast: bool, net: Callable) -> Task:
     "Consistency distillation of a teacher by a copy of itself."
-    f = Guess(denoiser(net(seed=1), "cosine"))
+    f = DenoiserConsistency(denoiser(net(seed=1), "cosine"))
     grid = levels(f.schedule)
-    return Task(f, grid, consistency_distillation(teacher(device, fast, net, AsVE), grid))
+    return Task(f, grid, consistency_distillation(teacher(device, fast, net, VEView), grid))
 
 
 def alone(device: torch.device, fast: bool, net: Callable) -> Task:
     "Consistency training."
-    f = Consistency(net(), RelativeNoise(CosineSchedule()))
+    f = Consistency(net(), RescaledSchedule(CosineSchedule()))
     grid = levels(f.schedule)
     return Task(f, grid, consistency_training(grid))
 
@@ -259,7 +266,7 @@ def trainer(given: Task, device: torch.device = DEVICE, compile: bool = False, *
     "A Trainer of small pictures with labels. compile: the network, where a loss asks for more than the denoiser's call."
     x0 = pictures()
     options = dict(steps=1000, lr=lambda k: 1e-3, batch=16, ema=0.9, augment=flip_half) | options
-    whole = not isinstance(given.model, Warped)
+    whole = not isinstance(given.model, TimeWarped)
     made = Trainer(given.model, x0, time_sampler=given.times, loss=given.loss, cond={"y": torch.arange(len(x0)) % CLASSES}, null=CLASSES,
                    device=device, compile=compile and ON_GPU and whole, **options)  # fmt: skip
     if compile and ON_GPU and not whole:

@@ -20,7 +20,7 @@ from cases import (
     walk,
 )
 
-from diffusion_nb.denoisers import Clip, Guess
+from diffusion_nb.denoisers import Clip, DenoiserConsistency
 from diffusion_nb.grids import time_grid
 from diffusion_nb.guidance import CFG, interval
 from diffusion_nb.likelihood.bits import bits_per_dim
@@ -89,7 +89,7 @@ def test_flow_inversion_and_consistency():
         ends.append([
             probability_flow(there, z(0), ts, y=y),
             invert(there, z(0), ts.flip(0), y=y),
-            consistency_sample(Guess(there), z(0), ts, noise=z, y=y),
+            consistency_sample(DenoiserConsistency(there), z(0), ts, noise=z, y=y),
         ])  # fmt: skip
     for (got, want), rtol in zip(zip(*ends, strict=True), (1e-4, FLOAT64, FLOAT64), strict=True):
         near(got, want, rtol)  # the flow to its solver's tolerance

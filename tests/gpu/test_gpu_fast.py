@@ -6,7 +6,7 @@ from cases import CLASSES, COMPILER, DEVICE, ON_GPU, SHAPE, Small, denoiser, in_
 from safetensors.torch import load_file
 
 from diffusion_nb.denoisers import Clip
-from diffusion_nb.generation.fast import Fast
+from diffusion_nb.generation.fast import CompiledDenoiser
 from diffusion_nb.generation.generate import generate
 from diffusion_nb.grids import time_grid
 from diffusion_nb.guidance import CFG
@@ -38,7 +38,7 @@ def check_compiled(graphs):
 def test_a_fast_guess_is_the_guess(wrap, net, bf16, y):
     "At the call that compiles, at those that record, and at those that play back."
     model = ready(WRAPS[wrap](denoiser(net(), "cosine")))
-    fast, noise = Fast(model, bf16=bf16, **COMPILER), Noise(range(4), SHAPE, DEVICE)
+    fast, noise = CompiledDenoiser(model, bf16=bf16, **COMPILER), Noise(range(4), SHAPE, DEVICE)
     kept = []
     for k in range(6):
         t = torch.tensor(1 - k / 6, dtype=torch.float64, device=DEVICE)
@@ -55,7 +55,7 @@ def test_a_fast_guess_is_the_guess(wrap, net, bf16, y):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde"])
 def test_fast_walks(sampler, bf16):
     model = ready(Clip(denoiser(Small(), "cosine")))
-    fast, noise = Fast(model, bf16=bf16, **COMPILER), Noise(range(4), SHAPE, DEVICE)
+    fast, noise = CompiledDenoiser(model, bf16=bf16, **COMPILER), Noise(range(4), SHAPE, DEVICE)
     want = walk(sampler, model, noise)
     for _ in range(3):
         near(walk(sampler, fast, noise), want, 3 * TOLERANCE[bf16])
@@ -67,14 +67,14 @@ def test_each_of_many_is_compiled(y):
     noise, t = Noise(range(4), SHAPE, DEVICE), torch.tensor(0.5, dtype=torch.float64, device=DEVICE)
     for k in range(14):
         model = ready(denoiser(Small(seed=k), "cosine"))
-        fast = Fast(model, **COMPILER)
+        fast = CompiledDenoiser(model, **COMPILER)
         for i in range(4):
             near(fast(noise(i), t, y=y).x0, model(noise(i), t, y=y).x0, TOLERANCE[False])
         check_compiled(k + 1)
 
 
 def test_memory_is_flat(y):
-    fast, noise = Fast(ready(denoiser(Small(), "cosine")), **COMPILER), Noise(range(4), SHAPE, DEVICE)
+    fast, noise = CompiledDenoiser(ready(denoiser(Small(), "cosine")), **COMPILER), Noise(range(4), SHAPE, DEVICE)
     seen = []
     for _ in range(7):
         ddim(fast, noise(0), time_grid(50), y=y)
@@ -111,7 +111,7 @@ def test_generate_draws_what_the_cpu_draws_whatever_the_chunk(wrap, tmp_path):
 def test_generate_with_a_fast_denoiser(bf16, tmp_path):
     "With another chunk the last places differ, which bfloat16 shows."
     model = ready(Clip(denoiser(Small(), "cosine")))
-    want, fast = drawn(tmp_path, model, 5), Fast(model, bf16=bf16, **COMPILER)
+    want, fast = drawn(tmp_path, model, 5), CompiledDenoiser(model, bf16=bf16, **COMPILER)
     for chunk in (4, 7):
         (tmp_path / str(chunk)).mkdir()
         near(drawn(tmp_path / str(chunk), fast, chunk), want, 3 * TOLERANCE[bf16])

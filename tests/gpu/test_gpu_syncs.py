@@ -23,7 +23,7 @@ from cases import (
 )
 
 from diffusion_nb.denoisers import Clip
-from diffusion_nb.generation.fast import Fast
+from diffusion_nb.generation.fast import CompiledDenoiser
 from diffusion_nb.guidance import CFG, interval
 from diffusion_nb.losses.simple import truncated_snr
 from diffusion_nb.noise import Noise
@@ -98,5 +98,5 @@ def test_a_samplers_step_with_guidance(sampler):
 @pytest.mark.skipif(not ON_GPU, reason="counting waits on a CPU stops what is compiled")
 @pytest.mark.parametrize("sampler", ["ddim", "heun, churn", "dpmpp_2m_sde"])
 def test_a_samplers_step_with_cuda_graphs(sampler):
-    fast = Fast(ready(Clip(CFG(denoiser(Small(), "cosine"), 1.5, 10))), bf16=True, **COMPILER)
+    fast = CompiledDenoiser(ready(Clip(CFG(denoiser(Small(), "cosine"), 1.5, 10))), bf16=True, **COMPILER)
     walk_without_waiting(sampler, fast, warm=2)

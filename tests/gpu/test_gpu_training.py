@@ -21,13 +21,13 @@ from cases import (
     unet,
 )
 
-from diffusion_nb.denoisers import Guess
+from diffusion_nb.denoisers import DenoiserConsistency
 from diffusion_nb.grids import time_grid
 from diffusion_nb.noise import Noise
 from diffusion_nb.samplers.consistency import consistency_sample
 from diffusion_nb.training.distill import distill
 from diffusion_nb.training.ema import PowerEMA
-from diffusion_nb.training.hooks import Grids, JsonLines, Speed, fixed_draws, read_rows
+from diffusion_nb.training.hooks import JsonLogger, SampleGrids, Throughput, fixed_draws, read_rows
 
 CPU = torch.device("cpu")
 
@@ -124,9 +124,9 @@ def test_training_learns():
 
 def test_hooks(tmp_path):
     given = task("eps")  # under a chain's schedule, which holds a table
-    grids = Grids(tmp_path, fixed_draws(SHAPE, 4, classes=CLASSES, calls=3), every=5)
-    speed, average = Speed(peak=1e15), PowerEMA(given.model)
-    run = trainer(given, hooks=[grids, JsonLines(tmp_path / "log"), speed, average], steps=10, log_every=5)
+    grids = SampleGrids(tmp_path, fixed_draws(SHAPE, 4, classes=CLASSES, calls=3), every=5)
+    speed, average = Throughput(peak=1e15), PowerEMA(given.model)
+    run = trainer(given, hooks=[grids, JsonLogger(tmp_path / "log"), speed, average], steps=10, log_every=5)
     run.fit()
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["step-00000005.png", "step-00000010.png"]
     rows = read_rows(tmp_path / "log")
@@ -143,7 +143,7 @@ def test_a_chain_of_students():
     cond = dict(cond={"y": torch.arange(len(x0)) % CLASSES}, null=CLASSES)
     students = distill(model, x0, 2**10, 1, steps=lambda n: 2, lr=1e-3, batch=8, device=DEVICE, bf16=True, compile=ON_GPU, **cond)  # fmt: skip
     assert sorted(students) == [2**i for i in range(10)]
-    f, noise = Guess(students[1].eval()), Noise(range(4), SHAPE, DEVICE)
+    f, noise = DenoiserConsistency(students[1].eval()), Noise(range(4), SHAPE, DEVICE)
     x = consistency_sample(f, noise(0), time_grid(1), y=torch.arange(4, device=DEVICE))
     assert x.shape == (4, *SHAPE) and x.isfinite().all()
 
