@@ -152,6 +152,7 @@ def test_run_some(book, capsys):
     (["train", "--data", "letters"], "no data set 'letters'; there are digits, mnist, fashion-mnist, cifar10"),
     (["sample", "--model", "nowhere"], "nowhere holds no model.json"),
     (["sample", "--label", "10"], "this model knows the labels 0 to 9"),
+    (["sample", "--sampler", "magic"], "--sampler: expected one of ddpm, ddim, heun"),
     (["sample", "--n", "0"], "expected numbers of at least 1"),
     (["train", "--every", "0"], "every: expected a whole number of at least 1, got 0"),
     (["bits", "--n", "1"], "expected --n and --steps of at least 2"),
@@ -164,7 +165,7 @@ def test_mistakes_are_named(words, said, capsys, tmp_path):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["draw"], ["train", "--steps", "many"], ["sample", "--sampler", "magic"]])
+@pytest.mark.parametrize("words", [[], ["draw"], ["train", "--steps", "many"], ["sample", "--format", "magic"]])
 def test_words_that_make_no_sense(words):
     with pytest.raises(SystemExit) as e:
         main(words)

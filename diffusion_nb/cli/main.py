@@ -66,9 +66,8 @@ def parser() -> argparse.ArgumentParser:
                 steps=("steps of the sampler (default: 100; those of a student; 1 for a consistency model)", int), seed=("picture i has seed SEED + i", 0),
                 label=("draw this class only (default: all in turn)", int), guidance=("classifier-free guidance, the weight w in (w+1) with - w without label", 0.0),
                 batch=("pictures at a time, which does not change them; 0: as many as fit", 0), bf16=("the network in bfloat16, for GPUs", bool),
+                sampler=("how to walk from noise to pictures, one of cli/samplers.py: ddpm, or with few steps, such as --steps 20, ddim, heun or dpmpp_2m (default: ddpm; ddim for a student)", str),
                 out=("folder to write (default: runs/samples, where another run's pictures are replaced)", str), replace=("delete what is in --out of another run", bool), device=("cpu or cuda (default: the GPU if there is one)", str))  # fmt: skip
-    c.add_argument("--sampler", choices=["ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde", "reverse_sde", "predictor_corrector", "consistency"],
-                   help="how to walk from noise to pictures: ddpm, or with few steps, such as --steps 20, ddim, heun or dpmpp_2m (default: ddpm; ddim for a student)")  # fmt: skip
     c.add_argument(
         "--format",
         choices=["safetensors", "npz", "png"],

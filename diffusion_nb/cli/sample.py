@@ -69,6 +69,8 @@ def walk_of(args, model):
 
     name, steps = default_walk(model)
     name, steps = args.sampler or name, args.steps or steps
+    if name not in SAMPLERS:
+        raise ValueError(f"--sampler: expected one of {', '.join(SAMPLERS)}; got {name}")
     if (name == "consistency") != (model.about.family == "consistency"):
         raise ValueError(
             f"--sampler {name}: a consistency model draws with the sampler consistency, and no other model does"

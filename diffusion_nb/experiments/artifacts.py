@@ -17,6 +17,7 @@ from filelock import FileLock
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from diffusion_nb.recipes.diffusion import chosen
 from diffusion_nb.util.storage import project_root, shipped, user_folder, write_atomically
 
 
@@ -72,7 +73,7 @@ def _leaves(value) -> list:
 PLUMBING = tuple(
     f"diffusion_nb.{room}"
     for room in ("book", "cli", "generation", "experiments.artifacts", "recipes.settings", "training.checkpoints",
-                 "training.hooks", "util.checks", "util.interrupts", "util.profiling", "util.storage")
+                 "recipes.diffusion.chosen", "training.hooks", "util.checks", "util.interrupts", "util.profiling", "util.storage")
 )  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def fingerprint(*objects) -> str:
             obj in seen
             or not isinstance(obj, FunctionType | type)
             or (obj.__module__ or "").split(".")[0] not in ("diffusion_nb", "__main__")
-            or obj.__module__.startswith(PLUMBING)
+            or f"{obj.__module__}.{obj.__qualname__}".startswith(PLUMBING)
         ):
             continue
         seen.add(obj)
@@ -104,6 +105,12 @@ def fingerprint(*objects) -> str:
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()[:16]
 
 
+def made_of(make: Callable, recipe: dict) -> str:
+    "The fingerprint of what makes an artifact: `make`, and of the tables of schedules and targets what the recipe names, so that one more in a table changes nothing."
+    named = chosen(recipe) if {"schedule", "target"} <= recipe.keys() else ()
+    return fingerprint(make, *named)
+
+
 def artifact(name: str, make: Callable, recipe: dict) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the card of a trained artifact: the one that comes with the library, or one that `make(**recipe)` made here.
 
@@ -112,7 +119,7 @@ def artifact(name: str, make: Callable, recipe: dict) -> tuple[dict[str, Tensor]
     library is never written. Any number of processes may ask at once: one makes it, the others wait.
     Raises RuntimeError where that would take over a minute, by the card, and DIFFUSION_NB_MAKE=1 does not ask for it.
     """
-    asked, made_by = json.loads(json.dumps(recipe)), fingerprint(make)  # as the card will hold it
+    asked, made_by = json.loads(json.dumps(recipe)), made_of(make, recipe)  # as the card will hold it
     first = shipped("artifacts") / f"{name}.safetensors"
     problem = _problem(first, asked, made_by)
     if not problem:
@@ -134,7 +141,7 @@ def put_artifact(path: Path, name: str, make: Callable, asked: dict, recipe: dic
     tensors, metrics = make(**recipe)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     write_atomically(path, lambda p: save_file(tensors, p))
-    card = dict(name=name, recipe=asked, code=fingerprint(make), sha256=_sha256(path), metrics=metrics,
+    card = dict(name=name, recipe=asked, code=made_of(make, recipe), sha256=_sha256(path), metrics=metrics,
                 seconds=round(time.perf_counter() - start), torch=torch.__version__)  # fmt: skip
     write_atomically(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1) + "\n"))
 

@@ -28,6 +28,11 @@ RECIPE = dict(data=str, width=int, mults=ints, blocks=int, attention=ints, class
               decay=one_of("cosine", "constant"), ema=float, beta2=float, flip=int, seed=int)  # fmt: skip
 
 
+def chosen(r: dict) -> tuple[Callable, Callable, Callable]:
+    "What a recipe names: how the schedule is made, what the network predicts, the weight of the loss."
+    return SCHEDULES[r["schedule"]], *TARGETS[r["target"]]
+
+
 def recipe(name: str) -> dict:
     "The recipe of settings.ini under [recipe.NAME]."
     return vars(settings(f"recipe.{name}", **RECIPE))
@@ -40,7 +45,8 @@ def recipe_denoiser(r: dict, shape: Sequence[int]) -> NetDenoiser:
         torch.manual_seed(r["seed"])
         net = UNet(shape[0], r["width"], r["mults"], r["blocks"], r["attention"], classes=r["classes"],
                    dropout=r["dropout"], patch=r["patch"])  # fmt: skip
-    return NetDenoiser(net, SCHEDULES[r["schedule"]](), TARGETS[r["target"]][0])
+    schedule, predict, _ = chosen(r)
+    return NetDenoiser(net, schedule(), predict)
 
 
 def labelled(r: dict, y: Tensor | None) -> dict:
@@ -63,6 +69,6 @@ def recipe_trainer(
     """
     x = as_bytes(x) if isinstance(x, Tensor) else x
     denoiser = denoiser or recipe_denoiser(r, x.shape[1:])
-    loss = partial(denoising_loss, weight=TARGETS[r["target"]][1])
+    loss = partial(denoising_loss, weight=chosen(r)[2])
     return Trainer(denoiser, x, loss=loss, steps=r["steps"], lr=learning_rate(r), batch=r["batch"], ema=r["ema"], betas=(0.9, r["beta2"]),
                    seed=r["seed"], augment=flip_half if r["flip"] else None, **labelled(r, y), **options)  # fmt: skip
