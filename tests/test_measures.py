@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from diffusion_nb import data
@@ -17,6 +18,20 @@ def test_bytes_come_back():
     for nudge in (-0.4, 0, 0.4):
         assert torch.equal(to_bytes((levels + nudge) / 127.5 - 1).long(), levels)
     assert to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_too_few_samples_are_said():
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="b: 8 samples of 8 features have a singular covariance"):
+        frechet_distance(x, x[:8])
+    for bad, said in (
+        (x[:1], "at least 2 samples"),
+        (x[:, :5], "same features"),
+        (x / 0, "NaN or infinite"),
+        (x[0], "same features"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            frechet_distance(x, bad)
 
 
 def test_frechet_distance():

@@ -10,9 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..util.checks import check_samples
+
 # %% ../../nbs/01_data.ipynb #b77e44ac
 def frechet_distance(a: Float[Tensor, "n f"], b: Float[Tensor, "m f"]) -> float:
-    "Squared Fréchet distance between the Gaussians fitted to two sets of features; n and m well above f."
+    """Squared Fréchet distance between the Gaussians fitted to two sets of features; n and m well above f.
+
+    Raises ValueError for fewer than two samples, NaN, and different numbers of features; warns where there are no more samples than features.
+    """
+    check_samples(a=a, b=b)
     a, b = a.double(), b.double()
     c1, c2 = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(c1)

@@ -102,6 +102,23 @@ def check_finite(x: Tensor, name: str) -> None:
         raise ValueError(f"{name}: {bad} of its {x.numel()} values are NaN or infinite; clean or drop them first")
 
 
+def check_samples(**sets: Tensor) -> None:
+    "Raise ValueError unless each set holds two samples (n, f) or more, finite, of as many features; warn where there are no more samples than features."
+    if len({x.shape[1:] for x in sets.values()}) > 1 or any(x.ndim != 2 for x in sets.values()):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in sets.items())
+        raise ValueError(f"expected sets of samples (n, f) with the same features; got {shapes}")
+    for name, x in sets.items():
+        check_finite(x, name)
+        if len(x) < 2:
+            raise ValueError(f"{name}: expected at least 2 samples, whose covariance is asked for; got {len(x)}")
+        if len(x) <= x.shape[1]:
+            warnings.warn(
+                f"{name}: {len(x)} samples of {x.shape[1]} features have a singular covariance, and the distance says more of their number "
+                f"than of what they are like; take several times {x.shape[1]}",
+                stacklevel=3,
+            )
+
+
 def check_batch(x: Tensor, t: Tensor, **others: Tensor) -> None:
     "Raise ValueError unless x is floating-point, the others are shaped like it, and t is one time, or one a sample."
     if not x.is_floating_point():
