@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusion_nb.data import DATA_SETS, Pictures
+from diffusion_nb.denoisers import DenoiserConsistency
 from diffusion_nb.experiments.catalogue import artifact_makers
 from diffusion_nb.recipes import consistency, distillation, vdm
 from diffusion_nb.recipes.diffusion import recipe, recipe_denoiser, recipe_trainer
@@ -54,7 +55,7 @@ def test_vdm_recipes(name, profile):
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_consistency_recipes(name, profile):
     r, teacher = vars(settings(f"consistency.{name}", **consistency.RECIPE)), recipe(name)
-    f = consistency.Guess(recipe_denoiser(teacher, SIZES[r["data"]][0]))
+    f = DenoiserConsistency(recipe_denoiser(teacher, SIZES[r["data"]][0]))
     consistency.consistency_trainer(r | {"batch": 2}, pictures(r["data"], 0), f, consistency.consistency_training, teacher["classes"], device="cpu")  # fmt: skip
 
 

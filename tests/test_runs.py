@@ -450,8 +450,8 @@ def test_files_that_cannot_be_read(tmp_path):
 
 JOINS = """
 import torch
-from diffusion_nb.training.sharding import together
-with together() as team:
+from diffusion_nb.training.sharding import process_group
+with process_group() as team:
     total = torch.full((), 1.0 + team.rank)
     torch.distributed.all_reduce(total)
 assert not torch.distributed.is_initialized()

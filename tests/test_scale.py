@@ -647,10 +647,10 @@ def test_samplers_are_told_apart_by_what_they_hold(one, same, other):
 
 
 def test_a_record_is_the_same_in_another_process():
-    text = "from functools import partial; from diffusion_nb.generation.record import described; from diffusion_nb.samplers.linear import ddpm; from diffusion_nb.variances import small; "
-    text += "print(described(partial(ddpm, var=small)))"
+    text = "from functools import partial; from diffusion_nb.generation.record import described; from diffusion_nb.samplers.linear import ddpm; from diffusion_nb.variances import fixed_small; "
+    text += "print(described(partial(ddpm, var=fixed_small)))"
     there = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout.strip()
-    assert there == records.described(by(fixed_small)) == "ddpm ('var', small)"
+    assert there == records.described(by(fixed_small)) == "ddpm ('var', fixed_small)"
 
 
 @pytest.mark.parametrize("when", ["begun", "done"])

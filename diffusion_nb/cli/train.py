@@ -100,6 +100,7 @@ def train_together(args, team) -> int:
         print(f"{out} holds this run, finished; ask for more --steps to go on with it")
         return 0
     if first:
+        trainer.checkpoints.check_room(trainer.state.nbytes())
         about.save(out)
         if resumed:
             print(f"going on from step {resumed} of {out / 'checkpoint.safetensors'}")

@@ -183,7 +183,8 @@ def _write_png(grid: Tensor, path: Path) -> None:
 def training_flops(trainer: Trainer) -> float:
     "Operations that a training step takes for one picture: three times those of the forward pass."
     x0, t, eps, cond = next(trainer.batches(max(trainer.step - 1, 0)))
-    home = next(trainer.average.parameters()).device
+    whole = trainer.state.result  # the average itself may be divided among processes
+    home = next(whole.parameters()).device
     x0, t, eps, cond = (
         x0[:1].to(home),
         t[:1].to(home),
@@ -191,7 +192,7 @@ def training_flops(trainer: Trainer) -> float:
         {name: v[:1].to(home) for name, v in cond.items()},
     )
     with torch.no_grad():
-        return 3 * flops(lambda: trainer.loss(trainer.average, x0, t, eps, **cond))
+        return 3 * flops(lambda: trainer.loss(whole, x0, t, eps, **cond))
 
 
 class Throughput:
