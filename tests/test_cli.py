@@ -407,6 +407,8 @@ def test_a_model_of_ones_own_pictures(folder, tmp_path, capsys, monkeypatch):
     assert main([*words, *tuned]) == 0
     for k, v in Model.load(tmp_path / "tuned").denoiser.state_dict().items():
         torch.testing.assert_close(v, one.denoiser.state_dict()[k], rtol=0, atol=1e-6)
+    assert main([*words, *tuned[:4], "--from", str(tmp_path / "two"), *tuned[-2:], "--steps", "2"]) == 1
+    assert "holds a run that began from" in capsys.readouterr().err
     drawn = ["--n", "4", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "drawn")]
     assert main(["sample", "--model", str(tmp_path / "one"), *drawn, "--format", "npz"]) == 0
     assert (
@@ -427,10 +429,17 @@ def test_a_model_of_ones_own_pictures(folder, tmp_path, capsys, monkeypatch):
     assert Model.load(tmp_path / "npz").about.recipe["classes"] == 2  # the labels came along
 
 
+def test_a_folder_named_like_a_data_set(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder.rename("digits")
+    assert main(["train", *TOY, "--steps", "1", "--size", "8"]) == 1
+    assert "say ./digits for the latter" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, said", [
     (["--data", "{own}"], "--size: say to how many pixels"), (["--data", "{own}/green/0.png"], "expected an .npz file"),
     (["--data", "{own}/..", "--size", "8", "--vdm"], "expected the pictures as a tensor|no section"), (["--from", "nowhere"], "nowhere holds no model.json"),
-    (["--recipe", "magic"], "no section"),
+    (["--recipe", "magic"], "no section"), (["--size", "8"], "--size: it is of a folder"),
 ])  # fmt: skip
 def test_mistakes_about_ones_own_pictures(words, said, folder, tmp_path, capsys):
     assert main(["train", *(w.format(own=folder) for w in words), *TOY, "--out", str(tmp_path / "out")]) == 1

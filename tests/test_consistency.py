@@ -340,49 +340,29 @@ def test_the_grid_grows_by_doubling():
         assert len(levels.rising) == n + 1
 
 
+def growing(**options) -> Trainer:
+    "Twelve steps of consistency training while the grid grows."
+    levels = LevelSampler(doubling_levels(lambda n: edm_grid(SCHEDULE, n, 0.02, 80), 2, 16, 12))
+    return Trainer(network().float(), MIXTURE.sample(100)[0].float(), steps=12, batch=8, lr=lambda k: 1e-2, time_sampler=levels,
+                   loss=consistency_training(levels), device="cpu", **options)  # fmt: skip
+
+
 def test_looking_at_a_batch_changes_nothing():
     "Drawing is a function of the step: a hook that draws leaves the training as it is, while the grid grows."
-    ends = []
-    for hooks in ([], [lambda trainer: list(trainer.batches(trainer.step))]):
-        levels = LevelSampler(doubling_levels(lambda n: edm_grid(SCHEDULE, n, 0.02, 80), 2, 16, 12))
-        own = dict(
-            steps=12,
-            batch=8,
-            lr=lambda k: 1e-2,
-            time_sampler=levels,
-            loss=consistency_training(levels),
-            device="cpu",
-        )
-        ends.append(Trainer(network().float(), MIXTURE.sample(100)[0].float(), hooks=hooks, **own).fit())
-    for a, b in zip(*(end.parameters() for end in ends), strict=True):
-        assert a.equal(b)
+    plain, watched = (
+        growing(hooks=hooks).fit() for hooks in ([], [lambda trainer: list(trainer.batches(trainer.step))])
+    )
+    assert all(a.equal(b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
 
 
 def test_the_number_of_the_step_survives_a_kill(tmp_path):
     "A training that stops and goes on is the training that did not stop, while the grid grows."
-    x0 = MIXTURE.sample(100)[0].float()
-
-    def trainer(checkpoint=None):
-        f = network().float()
-        levels = LevelSampler(doubling_levels(lambda n: edm_grid(SCHEDULE, n, 0.02, 80), 2, 16, 12))
-        return Trainer(
-            f,
-            x0,
-            steps=12,
-            batch=8,
-            lr=lambda k: 1e-2,
-            time_sampler=levels,
-            loss=consistency_training(levels),
-            device="cpu",
-            checkpoint=checkpoint,
-        )
-
-    whole = trainer().fit()
-    first = trainer(tmp_path / "c.safetensors")
+    whole = growing().fit()
+    first = growing(checkpoint=tmp_path / "c.safetensors")
     for _ in range(7):
         first.train_step()
     first.save()
-    second = trainer(tmp_path / "c.safetensors")
+    second = growing(checkpoint=tmp_path / "c.safetensors")
     assert second.step == 7
     second.train_step()
     assert len(second.time_sampler.rising) == 9  # step 7 of 12: the grid has grown twice

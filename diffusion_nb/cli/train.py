@@ -41,7 +41,14 @@ def pictures_of(args):
     from diffusion_nb.training.folder import PictureFolder, read_npz
 
     path = Path(args.data)
-    if args.data in {d.name for d in DATA_SETS} or not path.exists():
+    if args.size and not path.is_dir():
+        raise ValueError("--size: it is of a folder of pictures; data sets and .npz files have their own size")
+    named = args.data in {d.name for d in DATA_SETS}
+    if named and path.exists():
+        raise ValueError(
+            f"{args.data} is a data set, and also a file or folder here: say ./{args.data} for the latter"
+        )
+    if named or not path.exists():
         data = data_set(args.data)  # which names them where this is none
         pictures = data.load()
         return pictures.x, pictures.y, None, data.shape, data.levels
@@ -64,6 +71,7 @@ def recipe_of(args, classes: int | None) -> dict:
     name = args.recipe or (args.data if classes is None else "pictures")
     given = {k: v for k in ("steps", "batch", "lr", "width", "seed") if (v := getattr(args, k)) is not None}
     own = {} if classes is None else {"data": args.data, "classes": classes}
+    own |= {"from": args.from_} if args.from_ else {}
     return (vdm_recipe if args.vdm else recipe)(name) | own | given
 
 
@@ -71,7 +79,7 @@ def train_together(args, team) -> int:
     "One of the processes that train a model; there may be one only."
     import torch
 
-    from diffusion_nb.models.model import About, Model, fill
+    from diffusion_nb.models.model import About, Model, fill, read_about
     from diffusion_nb.recipes.diffusion import recipe_trainer
     from diffusion_nb.recipes.vdm import vdm_trainer
     from diffusion_nb.util.checks import check_numbers
@@ -99,6 +107,8 @@ def train_together(args, team) -> int:
     if resumed == trainer.steps and all((out / name).exists() for name in ("run.json", "model.safetensors")):
         print(f"{out} holds this run, finished; ask for more --steps to go on with it")
         return 0
+    if resumed and (start_was := read_about(out / "model.json").recipe.get("from")) != args.from_:
+        raise ValueError(f"{out} holds a run that began from {start_was or 'a fresh network'}; name another --out")
     if first:
         trainer.checkpoints.check_room(trainer.state.nbytes())
         about.save(out)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from diffusion_nb.denoisers import Denoiser
 from diffusion_nb.training.sharding import Objective, shard_module, share_work, whole
-from diffusion_nb.util.storage import check_fits
+from diffusion_nb.util.storage import check_fits, own_tensors
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 
@@ -117,6 +117,5 @@ def options() -> StateDictOptions:
 
 
 def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
-    "The whole parameters and persistent buffers of a module, each once."
-    names = {name for values in (module.named_parameters(), module.named_buffers()) for name, _ in values}
-    return {name: v for name, v in get_model_state_dict(module, options=options()).items() if name in names}
+    "The parameters and persistent buffers of a module, from all processes that hold a part of them."
+    return own_tensors(module, get_model_state_dict(module, options=options()))

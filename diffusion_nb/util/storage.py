@@ -59,10 +59,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    "The parameters and persistent buffers of a module, each once, also where it is shared by several parts."
+def own_tensors(module: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    "The parameters and persistent buffers of a module, or what `state` holds of them, each once, also where it is shared by several parts."
     names = {name for values in (module.named_parameters(), module.named_buffers()) for name, _ in values}
-    return {name: v for name, v in module.state_dict().items() if name in names}
+    return {name: v for name, v in (state or module.state_dict()).items() if name in names}
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from mutations.run import bare_copy
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("noise", "schedules", "grids", "time_samplers", "forward", "denoisers", "mixtures", "variances", "guidance",
@@ -291,17 +291,6 @@ class Watched:
             self.bad.add(report.nodeid)
 
 
-def copy(root: Path) -> Path:
-    "A copy of the project at `root`, without trained networks and with no place for one."
-    for part in PARTS:
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        else:
-            shutil.copy(ROOT / part, root / part)
-    (root / "data").touch()  # a file, where artifacts want a folder
-    return root
-
-
 def without_processes() -> None:
     "From here on none can be started: what one does would not be seen, and it might stay behind."
 
@@ -372,7 +361,7 @@ def forked(work: Callable, seconds: float) -> tuple:
 
 def settle(folder: str) -> None:
     global HERE, WRITES
-    HERE, WRITES = copy(Path(folder) / str(os.getpid())), count(1)
+    HERE, WRITES = bare_copy(Path(folder) / str(os.getpid()), PARTS), count(1)
 
 
 def put(file: str, text: bytes) -> None:

@@ -57,14 +57,20 @@ def mutants(m: dict, root: Path) -> dict[Path, str]:
     return changed
 
 
-def copy(root: Path) -> Path:
-    "A copy of the project at `root`, with a test and a notebook that look whether it is what they import."
-    for part in PARTS:
+def bare_copy(root: Path, parts: tuple[str, ...] = PARTS) -> Path:
+    "A copy of these parts of the project at `root`, without trained networks and with no place for one."
+    for part in parts:
         if (ROOT / part).is_dir():
             shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         else:
             shutil.copy(ROOT / part, root / part)
     (root / "data").touch()  # a file, where artifacts want a folder
+    return root
+
+
+def copy(root: Path) -> Path:
+    "A bare copy, with a test and a notebook that look whether it is what they import."
+    bare_copy(root)
     look = (
         f"import diffusion_nb.noise\nassert diffusion_nb.noise.__file__ == {str(root / 'diffusion_nb/noise.py')!r}"
     )
