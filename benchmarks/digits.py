@@ -5,6 +5,7 @@ Run: python benchmarks/digits.py [--seeds 3]   (writes benchmarks/results/digits
 
 import argparse
 import time
+from dataclasses import replace
 
 import torch
 from common import report
@@ -30,7 +31,7 @@ def main():
     rows["Fréchet, the same: lowest"], rows["Fréchet, the same: highest"] = min(subsets), max(subsets)
     for seed in range(args.parse_args().seeds):
         start = time.perf_counter()
-        denoiser = recipe_trainer(recipe("digits") | {"seed": seed}, data.x, data.y, device="cpu").fit()
+        denoiser = recipe_trainer(replace(recipe("digits"), seed=seed), data.x, data.y, device="cpu").fit()
         rows[f"seed {seed}: seconds of training"] = time.perf_counter() - start
         for name, value in judge_digits(denoiser, n=1500).items():
             rows[f"seed {seed}: {name}"] = value

@@ -5,7 +5,9 @@ import hashlib
 import re
 import struct
 import urllib.request
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from urllib.error import URLError
 
 import pytest
@@ -15,7 +17,7 @@ from torch import nn
 from diffusion_nb import data
 from diffusion_nb.data import DATA_SETS, fashion_mnist, mnist
 from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, predict_eps, predict_score, predict_v, predict_x0
-from diffusion_nb.experiments.judge import JUDGE
+from diffusion_nb.experiments.judge import JudgeRecipe
 from diffusion_nb.forward import posterior_steps, q_posterior, q_sample, q_step, transition
 from diffusion_nb.generation.generate import generate
 from diffusion_nb.grids import time_grid
@@ -30,7 +32,7 @@ from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import recipe
-from diffusion_nb.recipes.settings import ints, settings
+from diffusion_nb.recipes.settings import settings
 from diffusion_nb.samplers.heun import heun
 from diffusion_nb.samplers.langevin import langevin
 from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, invert
@@ -377,7 +379,13 @@ def test_wrong_channels_and_times():
 
 # settings
 
-KNOWN = dict(steps=int, lr=float, sizes=ints)
+
+@dataclass(frozen=True)
+class Known:
+    steps: int
+    lr: float
+    sizes: tuple[int, ...]
+    kind: Literal["x", "y"] = "x"
 
 
 def set_by(monkeypatch, text):
@@ -385,42 +393,53 @@ def set_by(monkeypatch, text):
 
 
 def test_settings_in_order(project, monkeypatch):
-    assert vars(settings("a", **KNOWN)) == dict(steps=5, lr=0.1, sizes=(1, 2))
+    assert settings("a", Known) == Known(steps=5, lr=0.1, sizes=(1, 2))
     monkeypatch.setenv("DIFFUSION_NB_PROFILE", "gpu")
-    assert vars(settings("a", **KNOWN)) == dict(steps=50, lr=0.1, sizes=(1, 2))
+    assert settings("a", Known) == Known(steps=50, lr=0.1, sizes=(1, 2))
     set_by(monkeypatch, " a.steps = 7 ;; a.sizes=3;b.other=x; ")
-    assert vars(settings("a", **KNOWN)) == dict(steps=7, lr=0.1, sizes=(3,))
+    assert settings("a", Known) == Known(steps=7, lr=0.1, sizes=(3,))
     monkeypatch.setenv("DIFFUSION_NB_PROFILE", "cpu")
-    assert settings("a", **KNOWN).steps == 7
+    assert settings("a", Known).steps == 7
 
 
 def test_somebody_elses_settings_are_not_taken_for_ours(tmp_path, monkeypatch):
     (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = mylib\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DIFFUSION_NB_SETTINGS", raising=False)
-    assert settings("judge.mnist", **JUDGE).width == 32 and project_root() == Path(__file__).parents[1]
+    assert settings("judge.mnist", JudgeRecipe).width == 32 and project_root() == Path(__file__).parents[1]
 
 
 def test_wrong_profile(project, monkeypatch):
     for profile in ("tpu", "GPU", ""):
         monkeypatch.setenv("DIFFUSION_NB_PROFILE", profile)
         with refused("DIFFUSION_NB_PROFILE: expected cpu or gpu", repr(profile)):
-            settings("a", **KNOWN)
+            settings("a", Known)
 
 
 def test_wrong_section(project):
     with refused("no section [07_ddpm]", "it has a, a.gpu, b"):
-        settings("07_ddpm", steps=int)
+        settings("07_ddpm", Known)
+
+
+@dataclass(frozen=True)
+class Wider(Known):
+    width: int = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Narrower:
+    steps: int
+    sizes: tuple[int, ...]
 
 
 def test_wrong_keys(project, monkeypatch):
     with refused("settings [a]", "'width' is missing", "the settings are"):
-        settings("a", **KNOWN, width=int)
+        settings("a", Wider)
     with refused("settings [a]", "'lr' is not a setting", "the settings are steps, sizes"):
-        settings("a", steps=int, sizes=ints)
+        settings("a", Narrower)
     set_by(monkeypatch, "a.step=7")
     with refused("'step' is not a setting", "steps"):
-        settings("a", **KNOWN)
+        settings("a", Known)
 
 
 @pytest.mark.parametrize(
@@ -429,9 +448,9 @@ def test_wrong_keys(project, monkeypatch):
 def test_wrong_types(project, monkeypatch, item):
     set_by(monkeypatch, item)
     name, value = item.split("=")
-    kind = {"steps": "int", "lr": "float", "sizes": "ints"}[name[2:]]
+    kind = {"steps": "int", "lr": "float", "sizes": "list of int"}[name[2:]]
     with refused("settings [a]", f"{name[2:]} = {value!r} is not a valid {kind}"):
-        settings("a", **KNOWN)
+        settings("a", Known)
 
 
 @pytest.mark.parametrize(
@@ -440,14 +459,14 @@ def test_wrong_types(project, monkeypatch, item):
 def test_malformed_override(project, monkeypatch, item):
     set_by(monkeypatch, item)
     with refused("DIFFUSION_NB_SET: expected 'section.key=value'", "got"):
-        settings("a", **KNOWN)
+        settings("a", Known)
 
 
 def test_override_of_a_profile_section(project, monkeypatch):
     set_by(monkeypatch, "a.gpu.steps=7")
     monkeypatch.setenv("DIFFUSION_NB_PROFILE", "gpu")
     try:
-        assert settings("a", **KNOWN).steps == 7
+        assert settings("a", Known).steps == 7
     except ValueError:
         pass  # refusing is as good
 

@@ -4,7 +4,6 @@ import ast
 import builtins
 import dis
 import importlib
-import json
 import re
 import shutil
 import subprocess
@@ -263,9 +262,9 @@ def test_the_command_line_makes_every_artifact():
 @pytest.mark.parametrize("name", CARDS)
 def test_committed_artifacts_belong_to_their_recipes(name):
     "None would be made again: on any supported Python, in any folder, from settings.ini and the code as they are."
-    from diffusion_nb.experiments.artifacts import _problem, made_of
+    from diffusion_nb.experiments.artifacts import _problem, as_plain, made_of
     from diffusion_nb.experiments.catalogue import artifact_makers
 
     make, recipe = artifact_makers()[name]
     path = ROOT / f"data/artifacts/{name}.safetensors"
-    assert _problem(path, json.loads(json.dumps(recipe)), made_of(make, recipe)) is None
+    assert _problem(path, as_plain(recipe), made_of(make, recipe)) is None

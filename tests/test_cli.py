@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from diffusion_nb.likelihood.bits import bits_per_dim
 from diffusion_nb.likelihood.continuous import vdm_bits
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser
 from diffusion_nb.models.model import About, Model
-from diffusion_nb.recipes.diffusion import recipe
+from diffusion_nb.recipes.diffusion import Recipe, recipe
 from diffusion_nb.recipes.vdm import vdm_denoiser
 from diffusion_nb.schedules import CosineSchedule
 from diffusion_nb.training.folder import PictureFolder
@@ -192,7 +193,7 @@ def test_what_was_run_is_written_down(tmp_path):
 def test_pictures_do_not_depend_on_the_batch(tmp_path, monkeypatch):
     exact = GMMDenoiser(GaussianMixture([1.0], torch.zeros(1, 64), torch.eye(64)[None]), CosineSchedule())
     monkeypatch.setattr(
-        cli_sample, "load_model", lambda folder: Model(exact, About("diffusion", {"classes": 0}, (1, 8, 8)))
+        cli_sample, "load_model", lambda folder: Model(exact, About("diffusion", Recipe(classes=0), (1, 8, 8)))
     )
     for batch in ("2", "4"):
         words = ["--n", "4", "--steps", "2", "--batch", batch, "--device", "cpu", "--out", str(tmp_path / batch)]
@@ -206,7 +207,7 @@ def test_samplers_without_fresh_noise_keep_the_data(sampler, tmp_path, monkeypat
     "Narrow data come out narrow. (2M's grid ends at log SNR 2 with the guess, which is narrower still.)"
     exact = GMMDenoiser(GaussianMixture([1.0], torch.zeros(1, 64), 0.01 * torch.eye(64)[None]), CosineSchedule())
     monkeypatch.setattr(
-        cli_sample, "load_model", lambda folder: Model(exact, About("diffusion", {"classes": 0}, (1, 8, 8)))
+        cli_sample, "load_model", lambda folder: Model(exact, About("diffusion", Recipe(classes=0), (1, 8, 8)))
     )
     words = ["--n", "64", "--steps", "100", "--sampler", sampler, "--device", "cpu", "--out", str(tmp_path)]
     assert main(["sample", *words]) == 0
@@ -220,7 +221,7 @@ def test_bits_are_those_of_the_library(tmp_path, monkeypatch):
     monkeypatch.setattr(
         cli_sample,
         "load_model",
-        lambda folder: Model(exact, About("diffusion", {"classes": 0, "data": "digits"}, (1, 8, 8))),
+        lambda folder: Model(exact, About("diffusion", Recipe(classes=0), (1, 8, 8))),
     )
     out = tmp_path / "bits.json"
     assert main(["bits", "--n", "3", "--steps", "4", "--end", "0.1", "--device", "cpu", "--out", str(out)]) == 0
@@ -287,6 +288,7 @@ def test_weights_of_another_network_are_refused(tmp_path, capsys):
     assert "does not fit the network" in capsys.readouterr().err
 
 
+DIGITS = asdict(recipe("digits"))
 GOOD = dict(family="diffusion", recipe={}, shape=[1, 8, 8], levels=17, steps=0)
 
 
@@ -302,11 +304,11 @@ def test_a_damaged_description_is_named(record, tmp_path, capsys):
 
 @pytest.mark.parametrize("change, said", [
     ({"shape": [1, 8, 0]}, "width: expected a whole number of at least 1"), ({"shape": [2**40, 8, 8]}, "cannot be meant"),
-    ({"recipe": recipe("digits") | {"width": 0}}, "width: expected a whole number of at least 1"),
-    ({"recipe": recipe("digits") | {"target": "magic"}}, "magic"), ({"shape": [1, 8, "x"]}, "expected a whole number"),
+    ({"recipe": DIGITS | {"width": 0}}, "width: expected a whole number of at least 1"),
+    ({"recipe": DIGITS | {"target": "magic"}}, "magic"), ({"shape": [1, 8, "x"]}, "expected a whole number"),
 ])  # fmt: skip
 def test_a_description_of_what_cannot_be_meant(change, said, tmp_path, capsys):
-    (tmp_path / "model.json").write_text(json.dumps(GOOD | {"recipe": recipe("digits")} | change))
+    (tmp_path / "model.json").write_text(json.dumps(GOOD | {"recipe": DIGITS} | change))
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert main(["sample", "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert said in capsys.readouterr().err
@@ -399,7 +401,7 @@ def test_a_model_of_ones_own_pictures(folder, tmp_path, capsys, monkeypatch):
     for out, more in (("one", ["--workers", "2"]), ("two", ["--workers", "0"])):
         assert main([*words, "--steps", "3", *more, "--out", str(tmp_path / out)]) == 0, capsys.readouterr().err
     one, two = (Model.load(tmp_path / out) for out in ("one", "two"))
-    assert one.about.shape == (3, 8, 8) and one.about.recipe["classes"] == 2
+    assert one.about.shape == (3, 8, 8) and one.about.recipe.classes == 2
     assert all(v.equal(two.denoiser.state_dict()[k]) for k, v in one.denoiser.state_dict().items())
     checkpoint = Model.load(tmp_path / "one/checkpoint.safetensors").denoiser.state_dict()
     assert all(v.equal(checkpoint[k]) for k, v in one.denoiser.state_dict().items())
@@ -426,7 +428,7 @@ def test_a_model_of_ones_own_pictures(folder, tmp_path, capsys, monkeypatch):
         )
         == 0
     )
-    assert Model.load(tmp_path / "npz").about.recipe["classes"] == 2  # the labels came along
+    assert Model.load(tmp_path / "npz").about.recipe.classes == 2  # the labels came along
 
 
 def test_a_folder_named_like_a_data_set(folder, tmp_path, capsys, monkeypatch):
@@ -453,7 +455,7 @@ def test_every_sampler_draws_the_data(sampler, tmp_path, monkeypatch):
         GaussianMixture([1.0], torch.full((1, 64), 0.3), 0.01 * torch.eye(64)[None]), CosineSchedule()
     )
     monkeypatch.setattr(
-        cli_sample, "load_model", lambda folder: Model(exact, About("diffusion", {"classes": 0}, (1, 8, 8)))
+        cli_sample, "load_model", lambda folder: Model(exact, About("diffusion", Recipe(classes=0), (1, 8, 8)))
     )
     words = ["--n", "32", "--steps", "100", "--sampler", sampler, "--device", "cpu", "--out", str(tmp_path)]
     assert main(["sample", *words]) == 0
@@ -462,7 +464,7 @@ def test_every_sampler_draws_the_data(sampler, tmp_path, monkeypatch):
 
 
 def test_students_and_consistency_models_draw_in_their_own_way(tmp_path, capsys):
-    r = recipe("digits") | {"width": 8}
+    r = replace(recipe("digits"), width=8)
     for family, steps in (("student", 2), ("consistency", 0)):
         about = About(family, r, (1, 8, 8), 17, steps)
         Model(about.fresh(), about).save(tmp_path / family)

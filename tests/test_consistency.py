@@ -1,6 +1,7 @@
 """Consistency models: diffusers' scheduler step by step; the boundary; the losses on the exact teacher; levels; sampling; bad input."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -419,7 +420,7 @@ def test_sigmas_of_the_book_fall():
 @pytest.mark.parametrize("classes", [10, 0])
 def test_a_model_from_the_folder_of_a_teacher(tmp_path, monkeypatch, distil, classes):
     "At toy size: the command for the larger sets."
-    r = recipe("digits") | dict(width=4, classes=classes)
+    r = replace(recipe("digits"), width=4, classes=classes)
     teacher = recipe_denoiser(r, (1, 8, 8))
     Model(teacher, About("diffusion", r, (1, 8, 8), 17)).save(tmp_path)
     short = ";".join(f"consistency.mnist.{item}" for item in ("data=digits", "steps=3", "batch=4"))

@@ -84,7 +84,8 @@ class Maker:
     def __init__(self):
         self.made, self.fails = [], False
 
-        def make(size, scale=1.0):
+        def make(r):
+            size, scale = r["size"], r.get("scale", 1.0)
             self.made.append(size)
             if self.fails:
                 raise RuntimeError("out of luck")
@@ -130,9 +131,9 @@ def test_each_recipe_has_an_artifact_of_its_own(maker, capsys):
 def test_artifact_takes_tuples_in_its_recipe(project):
     made = []
 
-    def make(sizes):
-        made.append(sizes)
-        return {"w": torch.ones(sizes)}, {}
+    def make(r):
+        made.append(r["sizes"])
+        return {"w": torch.ones(r["sizes"])}, {}
 
     for _ in range(2):
         artifact("a", make, {"sizes": (1, 2)})
@@ -152,7 +153,7 @@ def shipped(maker, tmp_path, monkeypatch):
     "A folder in the place of data/artifacts, with the artifact `a`, that must stay as it is."
     place = tmp_path / "shipped"
     monkeypatch.setattr(artifacts, "shipped", lambda name: place)
-    artifacts.put_artifact(place / "a.safetensors", "a", maker.make, {"size": 3}, {"size": 3})
+    artifacts.put_artifact(place / "a.safetensors", "a", maker.make, {"size": 3})
     maker.made.clear()
     before = {p.name: p.read_bytes() for p in place.iterdir()}
     yield place
@@ -255,11 +256,11 @@ from pathlib import Path
 import torch
 from diffusion_nb.experiments.artifacts import artifact
 
-def make(size):
+def make(r):
     with open("made", "a") as f:
         f.write("x")
     time.sleep(1)
-    return {"w": torch.arange(size)}, {}
+    return {"w": torch.arange(r["size"])}, {}
 
 Path(f"ready{sys.argv[1]}").touch()
 while not Path("go").exists():

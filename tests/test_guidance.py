@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusion_nb.data import digits
 from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Prediction, predict_v
-from diffusion_nb.experiments.digits import variety
+from diffusion_nb.experiments.evaluation import variety
 from diffusion_nb.forward import q_sample
 from diffusion_nb.grids import even_logsnr_grid, time_grid
 from diffusion_nb.guidance import CFG, AutoGuidance, ClassifierGuidance, Unconditional, interval

@@ -1,6 +1,7 @@
 """Every section of settings.ini can be read, in both profiles, and every recipe in it builds what it describes."""
 
 import configparser
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def pictures(name, classes) -> Pictures:
 
 
 def trainer(name, make, r):
-    return make(r | {"batch": 2}, *pictures(r["data"], r["classes"])[:2], device="cpu")
+    return make(replace(r, batch=2), *pictures(r.data, r.classes)[:2], device="cpu")
 
 
 @pytest.fixture(params=["cpu", "gpu"])
@@ -54,21 +55,21 @@ def test_vdm_recipes(name, profile):
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_consistency_recipes(name, profile):
-    r, teacher = vars(settings(f"consistency.{name}", **consistency.RECIPE)), recipe(name)
-    f = DenoiserConsistency(recipe_denoiser(teacher, SIZES[r["data"]][0]))
-    consistency.consistency_trainer(r | {"batch": 2}, pictures(r["data"], 0), f, consistency.consistency_training, teacher["classes"], device="cpu")  # fmt: skip
+    r, teacher = settings(f"consistency.{name}", consistency.ConsistencyRecipe), recipe(name)
+    f = DenoiserConsistency(recipe_denoiser(teacher, SIZES[r.data][0]))
+    consistency.consistency_trainer(replace(r, batch=2), pictures(r.data, 0), f, consistency.consistency_training, teacher.classes, device="cpu")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [n for n in kind("distill") if n != "guided"])
 def test_distillation_recipes(name, profile):
-    r = vars(settings(f"distill.{name}", **distillation.DISTILL))
-    assert r["n_from"] % 2 == 0 and recipe(r["teacher"])["data"] in SIZES
+    r = settings(f"distill.{name}", distillation.Distillation)
+    assert r.n_from % 2 == 0 and recipe(r.teacher).data in SIZES
 
 
 def test_no_section_is_left_out():
     "What is not a recipe is a notebook's, or an artifact's."
     makers = artifact_makers()
-    assert makers and all(r for _, r in makers.values())
+    assert makers and all(is_dataclass(r) for _, r in makers.values())
     others = [s for s in NAMES if not s.startswith(("recipe.", "vdm.", "consistency.", "distill."))]
     text = "".join(
         p.read_text()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from diffusion_nb.guidance import CFG, interval
 from diffusion_nb.losses.score import denoising_score_loss
 from diffusion_nb.losses.simple import denoising_loss, truncated_snr
 from diffusion_nb.mixtures import GMMDenoiser
+from diffusion_nb.nets.conditioning import FourierFeatures
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import recipe, recipe_trainer
@@ -197,7 +199,7 @@ def test_no_sampler_looks_in_its_loop(sampler, wrap):
 def trained_on_noise(**options):
     "The trainer of CIFAR-10's recipe, small, its first step done."
     x, y = Noise(range(40), (3, 32, 32))(0).clamp(-1, 1), torch.zeros(40, dtype=torch.long)
-    trainer = recipe_trainer(recipe("cifar10") | dict(width=16, batch=16), x, y, device="cpu", skip=True, accumulate=2, **options)  # fmt: skip
+    trainer = recipe_trainer(replace(recipe("cifar10"), width=16, batch=16), x, y, device="cpu", skip=True, accumulate=2, **options)  # fmt: skip
     trainer.train_step()
     return trainer
 
@@ -295,22 +297,48 @@ def test_what_the_network_says_besides_comes_along():
     assert traced(denoiser)(x, torch.tensor(0.5)).extra.equal(3 * x)
 
 
-def test_bf16_casts_weights_once_and_floating_conditions():
+def test_bf16_casts_weights_once_and_what_layers_are_given():
     seen = []
 
     class Nosy(nn.Module):
         def __init__(self):
             super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
+            self.layer = nn.Linear(3, 64)
+            self.register_buffer("frequencies", torch.randn(8))
 
         def forward(self, x, t, y, e):
-            seen.append((x.dtype, t.dtype, y.dtype, e.dtype, self.scale.dtype))
-            return self.scale * x
+            h = self.layer(e)
+            seen.append(
+                (x.dtype, t.dtype, y.dtype, e.dtype, h.dtype, self.layer.weight.dtype, self.frequencies.dtype)
+            )
+            return x + h.reshape(x.shape)
 
-    fast = CompiledDenoiser(NetDenoiser(Nosy(), DDPMSchedule(linear_betas()), predict_v), bf16=True)
+    denoiser = NetDenoiser(Nosy(), DDPMSchedule(linear_betas()), predict_v)
+    fast = CompiledDenoiser(denoiser, bf16=True)
     fast(Noise(range(2), SHAPE)(0), torch.tensor(0.5), y=torch.arange(2), e=torch.ones(2, 3))
-    assert seen == [(torch.bfloat16, torch.float32, torch.int64, torch.bfloat16, torch.bfloat16)]
+    rough, fine, whole = torch.bfloat16, torch.float32, torch.int64
+    assert seen == [(fine, fine, whole, fine, rough, rough, fine)]
     assert fast.denoiser.schedule.log_abar.dtype == torch.float64
+
+
+def test_bf16_leaves_fourier_features_their_digits():
+    "sin(2⁷πx) of an x that was rounded to three digits would be noise."
+    seen = []
+
+    class Nosy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(5, 1, 1)
+
+        def forward(self, x, t):
+            seen.append(x)
+            return self.layer(x)
+
+    x = Noise(range(4), SHAPE)(0)
+    denoiser = NetDenoiser(FourierFeatures(Nosy(), (6, 7)), CosineSchedule(), predict_v)
+    for bf16 in (False, True):
+        CompiledDenoiser(denoiser, bf16=bf16)(x, torch.tensor(0.1))
+    assert seen[0].equal(seen[1])
 
 
 def test_bf16_without_a_network_is_refused():
@@ -672,9 +700,32 @@ def test_replace_replaces_another_run_and_not_the_same(name, when, tmp_path):
 def test_replace_makes_anew_what_is_damaged(spoil, tmp_path):
     make(tmp_path / "a.npz")
     (tmp_path / spoil).write_text("{")
-    with pytest.raises(ValueError, match="is not what was written|holds another run .n: nothing there, 10 now"):
+    with pytest.raises(ValueError, match="is not what was written|the record of .* is damaged"):
         make(tmp_path / "a.npz")
     assert make(tmp_path / "a.npz", replace=True) and np.load(tmp_path / "a.npz")["arr_0"].shape == (10, 8, 8, 1)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_damaged_record_costs_no_picture(replace, tmp_path, whole):
+    interrupted(tmp_path / "a.safetensors", at=10)
+    file = tmp_path / "a.safetensors.parts/record.json"
+    before, again = file.read_text(), Counted(tiny())
+    for spoilt in (before[:-9], before.replace('"steps": 4', '"steps": 5'), ""):
+        file.write_text(spoilt)
+        with pytest.warns(UserWarning, match="record.json is damaged; the pictures beside it are of this run"):
+            interrupted(tmp_path / "a.safetensors", at=1)
+        assert file.read_text() == before
+    file.write_text(before[:-9])
+    with pytest.warns(UserWarning, match="damaged"):
+        make(tmp_path / "a.safetensors", again, replace=replace)
+    assert again._calls == 4 and load_file(tmp_path / "a.safetensors")["pictures"].equal(whole)
+
+
+def test_chunks_of_another_run_whose_record_is_damaged_are_refused(tmp_path):
+    interrupted(tmp_path / "a.safetensors", at=10)
+    (tmp_path / "a.safetensors.parts/record.json").write_text("{")
+    with pytest.raises(ValueError, match="the record of .* is damaged, so that nobody knows of which run it is"):
+        make(tmp_path / "a.safetensors", Counted(tiny(1)))
 
 
 def test_replace_leaves_alone_what_has_no_record(tmp_path):
@@ -694,6 +745,18 @@ def test_times_and_shape_belong_to_the_run(tmp_path):
         generate(tmp_path / "a.safetensors", Counted(tiny()), ddpm, time_grid(5), 10, SHAPE, cond=labels)
     with pytest.raises(ValueError, match=r"shape: \[1, 8, 8\] there, \[1, 4, 4\] now"):
         generate(tmp_path / "a.safetensors", Counted(tiny()), ddpm, TS, 10, (1, 4, 4), cond=labels)
+
+
+def test_a_network_that_accelerate_has_prepared_has_an_identity():
+    "Its forward is a method of its own that leads back to it."
+    from accelerate import Accelerator
+
+    prepared = tiny()
+    prepared.net = Accelerator(mixed_precision="bf16", cpu=True).prepare(prepared.net)
+    assert identity(prepared) == identity(prepared) != identity(tiny())
+    loop = tiny()
+    loop.others = [loop]
+    assert identity(loop) == identity(loop)
 
 
 def test_identity_sees_weights_numbers_and_functions():
@@ -727,15 +790,15 @@ def test_a_result_that_was_changed_is_found_out(tmp_path):
 def test_a_merge_that_was_killed_is_done_again(name, tmp_path, monkeypatch):
     "Killed after the result was put in place and before its record was."
     out = tmp_path / name
-    write = store.write_atomically
+    write = store.write_record
 
-    def killed_before_the_record(path, fill):
+    def killed_before_the_record(path, about):
         if path.name == f"{name}.json":
             raise KeyboardInterrupt
-        write(path, fill)
+        write(path, about)
 
     with monkeypatch.context() as m:
-        m.setattr(store, "write_atomically", killed_before_the_record)
+        m.setattr(store, "write_record", killed_before_the_record)
         with pytest.raises(KeyboardInterrupt):
             make(out)
     (tmp_path / f"{name}.parts/result.safetensors.99.tmp").write_text("left over")

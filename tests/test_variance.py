@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from diffusion_nb.denoisers import NetDenoiser, Prediction, predict_v
-from diffusion_nb.experiments.variance import WAYS, bits_card, bounds_denoiser, fixed_steps
+from diffusion_nb.experiments.variance import WAYS, BoundsRecipe, bits_card, bounds_denoiser, fixed_steps
 from diffusion_nb.forward import Step, posterior_steps, q_posterior, q_sample
 from diffusion_nb.grids import time_grid
 from diffusion_nb.likelihood.bits import bits_per_dim
@@ -291,7 +291,7 @@ def test_training_resumes_with_its_memory_bit_for_bit(tmp_path):
 
 
 def test_networks_of_the_table_differ_in_the_outputs_alone():
-    r = dict(T=50, width=8)
+    r = BoundsRecipe(T=50, width=8)
     sizes = [sum(p.numel() for p in bounds_denoiser(r, linear_betas, c).parameters()) for c in (1, 2)]
     assert sizes[1] - sizes[0] == 8 * 9 + 1
     assert bounds_denoiser(r, cosine_betas, 2, seed=3).net.stem.weight.equal(

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ from diffusion_nb.schedules import (
 
 F64 = torch.float64
 INSIDE = torch.linspace(0.05, 0.95, 19, dtype=F64)
-TINY = vdm_recipe("digits") | dict(width=8, steps=6, batch=8, warmup=2, soft_steps=16)
+TINY = replace(vdm_recipe("digits"), width=8, steps=6, batch=8, warmup=2, soft_steps=16)
 
 
 def scrambled(net, seed, scale=2.0):
@@ -291,8 +292,8 @@ def test_joint_blends_the_two_guesses(t):
     ("cifar10", dict(width=8, mults=(1, 2), blocks=1, soft_steps=16), (3, 8, 8)),
 ])  # fmt: skip
 def test_both_recipes_train_at_toy_size(name, changes, shape):
-    r = vdm_recipe(name) | dict(steps=3, batch=4) | changes
-    trainer = vdm_trainer(r, *pictures(8, shape, r["levels"])[:2], device="cpu")
+    r = replace(vdm_recipe(name), **{"steps": 3, "batch": 4} | changes)
+    trainer = vdm_trainer(r, *pictures(8, shape, r.levels)[:2], device="cpu")
     before = {n: p.detach().clone() for n, p in trainer.denoiser.named_parameters()}
     trainer.fit()
     moved = {n for n, p in trainer.denoiser.named_parameters() if not p.equal(before[n])}

@@ -4,12 +4,33 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
 
 from diffusion_nb.experiments.catalogue import artifact_makers
 
 
-def run(args) -> int:
+@dataclass
+class Run:
+    notebooks: Positional[tuple[str, ...]] = ()
+    "The first letters of their names, such as 03 or 07_ddpm; all if none is given."
+    book: str | None = None
+    "Folder of the notebooks, if not nbs of the repository."
+    out: str | None = None
+    "Folder to write, if not _book beside it."
+    jobs: int | None = None
+    "Notebooks at a time, if not one a core, and fewer where memory is short."
+    fresh: bool = False
+    "Run all of them, also those that an interrupted run has finished."
+    profile: Literal["cpu", "gpu"] | None = None
+    "The size of the experiments, see settings.ini."
+
+
+def run(args: Run) -> int:
+    "Execute the notebooks side by side, each in a fresh kernel, and write the book as web pages; goes on where an earlier run stopped."
     from diffusion_nb.book.run import Record, chosen, how_many, run_book, state_of
     from diffusion_nb.util.storage import project_root
 
@@ -34,7 +55,14 @@ def run(args) -> int:
     return 1 if failed else 0
 
 
-def data(args) -> int:
+@dataclass
+class Data:
+    names: Positional[tuple[str, ...]] = ()
+    "digits, mnist, fashion-mnist or cifar10."
+
+
+def data(args: Data) -> int:
+    "List the data sets with size, state and licence; with names, fetch and verify them."
     from diffusion_nb.data import DATA_SETS, data_set
 
     for d in [data_set(name) for name in args.names]:
@@ -49,8 +77,8 @@ def data(args) -> int:
     return 0
 
 
-def artifacts(args) -> int:
-    "Train every artifact from nothing; metrics beside those on the old cards."
+def artifacts() -> int:
+    "Train the small networks that come with the book again, and compare with their cards."
     import torch
 
     from diffusion_nb.data import data_set
@@ -59,7 +87,7 @@ def artifacts(args) -> int:
 
     torch.set_num_threads(1)  # sums in one order: the same weights every time on one machine
     for name, (make, r) in artifact_makers().items():
-        source = r.get("data", "digits")
+        source = getattr(r, "data", "digits")
         if data_set(source).state() not in ("built in", "verified"):
             print(f"{name}: left as it is, for {source} is not here (diffusion-nb data {source} fetches it)")
             continue
@@ -72,8 +100,14 @@ def artifacts(args) -> int:
     return 0
 
 
-def ledger(args) -> int:
-    "Also names, and fails for, what is shown less well than claims.toml asks for."
+@dataclass
+class Ledger:
+    out: str | None = None
+    "File to write instead."
+
+
+def ledger(args: Ledger) -> int:
+    "Print which statement of which paper is shown where, by which code and how well, as a table in Markdown; fails for what is shown less well than claims.toml asks for."
     from diffusion_nb.book.ledger import gaps, ledger
     from diffusion_nb.util.storage import write_atomically
 

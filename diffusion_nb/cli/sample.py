@@ -1,20 +1,57 @@
 """Commands that use a model: sample, bits."""
 
 import time
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from diffusion_nb.cli.models import device_name, load_model
 
 
-def sample(args) -> int:
+@dataclass
+class Sample:
+    model: str = "digits"
+    "A folder or checkpoint written by train or distill, or digits: the model that comes with the book."
+    n: Annotated[int, arg(aliases=["--pictures"])] = 64
+    "How many pictures (torchrun takes --n for its own: say --pictures)."
+    steps: int | None = None
+    "Steps of the sampler, if not 100, those of a student, or 1 for a consistency model."
+    seed: int = 0
+    "Picture i has seed SEED + i."
+    label: int | None = None
+    "Draw this class only, not all in turn."
+    guidance: float = 0.0
+    "Classifier-free guidance, the weight w in (w+1) with - w without label."
+    batch: int = 0
+    "Pictures at a time, which does not change them; 0: as many as fit."
+    sampler: str | None = None
+    "How to walk from noise to pictures, one of cli/samplers.py: ddpm, or with few steps, such as --steps 20, ddim, heun or dpmpp_2m. If not given: ddpm, or ddim for a student."
+    variance: Literal["small", "large"] | None = None
+    "Of a step of ddpm: β̃ (small, the default) or β."
+    bf16: bool = False
+    "The network in bfloat16, for GPUs."
+    out: str | None = None
+    "Folder to write, if not runs/samples, where another run's pictures are replaced."
+    replace: bool = False
+    "Delete what is in --out of another run."
+    format: Literal["safetensors", "npz", "png"] = "safetensors"
+    "One file of floats, one file of bytes (arr_0, as FID tools read it), or a PNG a picture."
+    device: str | None = None
+    "cpu or cuda; if not given, the GPU if there is one."
+
+
+def sample(args: Sample) -> int:
+    "Draw pictures with a trained model, a grid of them, and a record of how; goes on where an earlier run of the same command stopped."
     from diffusion_nb.training.sharding import process_group
 
     with process_group(cpu=args.device == "cpu") as team:
         return sample_together(args, team)
 
 
-def sample_together(args, team) -> int:
+def sample_together(args: Sample, team) -> int:
     "One of the processes that draw; there may be one only."
     import torch
 
@@ -22,7 +59,7 @@ def sample_together(args, team) -> int:
     from diffusion_nb.util.storage import write_json
 
     device, model = torch.device(args.device) if args.device else team.device, load_model(args.model)
-    classes, start = model.about.recipe["classes"], time.perf_counter()
+    classes, start = model.about.recipe.classes, time.perf_counter()
     check_sample(args, classes)
     sampler, ts = walk_of(args, model)
     denoiser = ready(args, model, device)
@@ -33,14 +70,14 @@ def sample_together(args, team) -> int:
              first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
     if team.rank == 0:
         write_grid(file, out / "grid.png")
-        about = {k: v for k, v in vars(args).items() if k != "command"} | dict(seconds=round(time.perf_counter() - start, 1),
-                 device=device_name(device), processes=team.world, torch=torch.__version__, recipe=model.about.recipe) | dict(sampler=args.sampler or default_walk(model)[0], steps=len(ts) - 1)  # fmt: skip
+        about = asdict(args) | dict(seconds=round(time.perf_counter() - start, 1),
+                 device=device_name(device), processes=team.world, torch=torch.__version__, recipe=asdict(model.about.recipe)) | dict(sampler=args.sampler or default_walk(model)[0], steps=len(ts) - 1)  # fmt: skip
         write_json(out / "run.json", about)
         print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json")
     return 0
 
 
-def check_sample(args, classes: int) -> None:
+def check_sample(args: Sample, classes: int) -> None:
     "Raise ValueError for what this model cannot be asked."
     if args.label is not None and not 0 <= args.label < classes:
         raise ValueError(
@@ -62,7 +99,7 @@ def default_walk(model) -> tuple[str, int]:
     return steps.get(model.about.family, ("ddpm", 100))
 
 
-def walk_of(args, model):
+def walk_of(args: Sample, model):
     "The sampler that was asked for, or else the model's own, and its times."
     from diffusion_nb.cli.samplers import SAMPLERS
     from diffusion_nb.variances import fixed_large
@@ -83,7 +120,7 @@ def walk_of(args, model):
     )
 
 
-def ready(args, model, device):
+def ready(args: Sample, model, device):
     "The model's denoiser as it is to be used: guided, clipped, fast, on its device."
     from diffusion_nb.denoisers import Clip
     from diffusion_nb.generation.fast import CompiledDenoiser
@@ -94,7 +131,7 @@ def ready(args, model, device):
         if args.guidance or args.bf16:
             raise ValueError("--guidance, --bf16: not for a consistency model")
         return denoiser
-    guided = CFG(denoiser, args.guidance, model.about.recipe["classes"]) if args.guidance else denoiser
+    guided = CFG(denoiser, args.guidance, model.about.recipe.classes) if args.guidance else denoiser
     return CompiledDenoiser(Clip(guided), bf16=args.bf16)
 
 
@@ -120,7 +157,30 @@ def write_grid(file: Path, path: Path, most: int = 400) -> None:
     write_atomically(path, lambda p: Image.fromarray(grid).save(p, "PNG"))
 
 
-def bits(args) -> int:
+@dataclass
+class BitsOptions:
+    model: str = "digits"
+    "A folder written by train, or digits: the model that comes with the book."
+    n: int = 256
+    "How many held-out pictures."
+    steps: int = 1000
+    "Of the chain; for a learned schedule, looks at a picture."
+    end: float = 0.0
+    "Time at which the decoder takes over; 0: after the last of equal steps."
+    variance: Literal["small", "large", "fitted"] = "large"
+    "Of the steps: DDPM's β̃ or β, or the best, fitted on as many training pictures."
+    batch: int = 256
+    "At a time; does not change the result."
+    bf16: bool = False
+    "bfloat16 autocast, for GPUs."
+    out: str | None = None
+    "File to write, if not bits.json beside the model."
+    device: str | None = None
+    "cpu or cuda; if not given, the GPU if there is one."
+
+
+def bits(args: BitsOptions) -> int:
+    "Bits a coordinate of held-out pictures by the variational bound, with its terms and error, as a JSON record."
     import torch
 
     from diffusion_nb.data import data_set
@@ -139,14 +199,14 @@ def bits(args) -> int:
     if loaded.about.family == "consistency":
         raise ValueError("--model: a consistency model is no denoiser of a chain, and has no bound on its bits")
     model, r = Clip(loaded.denoiser).to(device), loaded.about.recipe
-    data = data_set(r["data"])
+    data = data_set(r.data)
     pictures = data.load()
 
     def measure(bound, x, y, *ts, **options):
         x, y, count = x[: args.n].to(device), y[: args.n].to(device), min(args.n, len(x))
         print(f"{count} pictures, {args.steps} steps each")
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            return bound(model, x, *ts, levels=data.levels, batch=args.batch, **options, **({"y": y} if r["classes"] else {}))  # fmt: skip
+            return bound(model, x, *ts, levels=data.levels, batch=args.batch, **options, **({"y": y} if r.classes else {}))  # fmt: skip
 
     if isinstance(model.denoiser, TimeWarped):  # a learned schedule: the bound of infinitely many steps
         result = measure(vdm_bits, pictures.x_test, pictures.y_test, times=args.steps)
@@ -162,10 +222,10 @@ def bits(args) -> int:
         result = measure(bits_per_dim, pictures.x_test, pictures.y_test, ts, **var)
         parts = dict(prior=result.prior.mean(), steps_cost=result.steps.sum(1).mean(), decoder=result.decoder.mean(),
                      rmse_of_255=127.5 * result.mse[:, -1].mean().sqrt())  # fmt: skip
-    about = {k: v for k, v in vars(args).items() if k != "command"} | dict(
+    about = asdict(args) | dict(
         bits_per_dim=result.total.mean().item(), two_standard_errors=2 * result.total.std().item() / len(result.total) ** 0.5,
         **{name: part.item() for name, part in parts.items()}, pictures=len(result.total), held_out_of=data.name,
-        levels=data.levels, seconds=round(time.perf_counter() - start, 1), device=device_name(device), torch=torch.__version__, recipe=r)  # fmt: skip
+        levels=data.levels, seconds=round(time.perf_counter() - start, 1), device=device_name(device), torch=torch.__version__, recipe=asdict(r))  # fmt: skip
     out = Path(args.out or (Path(args.model) / "bits.json" if args.model != "digits" else "runs/bits.json"))
     write_json(out, about)
     print(f"{result}\nwrote {out}")

@@ -1,20 +1,78 @@
 """Commands that train: train, distill."""
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from diffusion_nb.cli.models import device_name
 
 
-def train(args) -> int:
+@dataclass
+class Train:
+    data: str = "digits"
+    "Data set, see `diffusion-nb data`; or a folder of pictures, its subfolders being the classes; or an .npz file (arr_0, labels)."
+    out: str | None = None
+    "Folder to write, if not runs/DATA."
+    recipe: str | None = None
+    "Section [recipe.NAME] of settings.ini, if not that of the data set; [recipe.pictures] for one's own."
+    size: int | None = None
+    "Pixels to which the pictures of a folder are cropped and resized."
+    from_: Annotated[str | None, arg(name="from")] = None
+    "A model to start from: a folder or a file of weights."
+    steps: int | None = None
+    "Training steps, if not the recipe's."
+    batch: int | None = None
+    "Pictures a step, if not the recipe's."
+    lr: float | None = None
+    "Peak learning rate, if not the recipe's."
+    width: int | None = None
+    "Channels of the U-Net, if not the recipe's."
+    seed: int | None = None
+    "Of everything, if not the recipe's."
+    vdm: bool = False
+    "For the bound, on a schedule that is learned (notebook 16); digits or cifar10."
+    minutes: float | None = None
+    "Stop after so many minutes; the same command goes on from there."
+    every: int = 1000
+    "Steps between checkpoints."
+    keep: int = 2
+    "How many checkpoints to keep."
+    grids: int = 0
+    "Steps between grids of pictures drawn with the averaged weights; 0: none."
+    tensorboard: bool = False
+    "Log for TensorBoard, too; log.jsonl is written always."
+    power_ema: bool = False
+    "Keep power-function averages, too: which to use is chosen afterwards (notebook 28)."
+    accumulate: int = 1
+    "Do a step's pictures in so many parts, where they do not fit into memory at once."
+    skip: bool = False
+    "Leave out, and count, steps whose gradient is not finite, instead of stopping."
+    workers: int = 2
+    "Processes that read the pictures of a folder."
+    bf16: bool = False
+    "bfloat16 autocast, for GPUs."
+    compile: bool = False
+    "torch.compile the network, for GPUs."
+    deterministic: bool = False
+    "On a GPU: the same bits in every run, more slowly (on a CPU they always are)."
+    shard: bool = False
+    "With several processes: divide the weights among them, too (FSDP2)."
+    device: str | None = None
+    "cpu or cuda; if not given, the GPU if there is one."
+
+
+def train(args: Train) -> int:
+    "Train a model of a data set; goes on where an earlier run of the same command stopped."
     from diffusion_nb.training.sharding import process_group
 
     with process_group(cpu=args.device == "cpu") as team:
         return train_together(args, team)
 
 
-def watchers(args, out: Path, denoiser, shape, classes: int, device) -> list:
+def watchers(args: Train, out: Path, denoiser, shape, classes: int, device) -> list:
     "What looks on as a model is trained: the log, and what the options ask for."
     import torch
 
@@ -35,7 +93,7 @@ def watchers(args, out: Path, denoiser, shape, classes: int, device) -> list:
     return hooks + board
 
 
-def pictures_of(args):
+def pictures_of(args: Train):
     "The pictures that were asked for, a data set by name, a folder or an .npz file: (pictures or data set, labels, classes, shape, grey levels)."
     from diffusion_nb.data import DATA_SETS, data_set
     from diffusion_nb.training.folder import PictureFolder, read_npz
@@ -63,7 +121,7 @@ def pictures_of(args):
     return x, y, 0 if y is None else int(y.max()) + 1, tuple(x.shape[1:]), 256
 
 
-def recipe_of(args, classes: int | None) -> dict:
+def recipe_of(args: Train, classes: int | None):
     "The recipe that was asked for, or that of the data set, with what the command line changes."
     from diffusion_nb.recipes.diffusion import recipe
     from diffusion_nb.recipes.vdm import vdm_recipe
@@ -71,11 +129,10 @@ def recipe_of(args, classes: int | None) -> dict:
     name = args.recipe or (args.data if classes is None else "pictures")
     given = {k: v for k in ("steps", "batch", "lr", "width", "seed") if (v := getattr(args, k)) is not None}
     own = {} if classes is None else {"data": args.data, "classes": classes}
-    own |= {"from": args.from_} if args.from_ else {}
-    return (vdm_recipe if args.vdm else recipe)(name) | own | given
+    return replace((vdm_recipe if args.vdm else recipe)(name), **own, **given)
 
 
-def train_together(args, team) -> int:
+def train_together(args: Train, team) -> int:
     "One of the processes that train a model; there may be one only."
     import torch
 
@@ -88,7 +145,7 @@ def train_together(args, team) -> int:
     check_numbers(every=(args.every, 1), keep=(args.keep, 1), accumulate=(args.accumulate, 1), grids=(args.grids, 0), workers=(args.workers, 0))  # fmt: skip
     x, y, classes, shape, levels = pictures_of(args)
     r = recipe_of(args, classes)
-    about = About("vdm" if args.vdm else "diffusion", r, shape, levels)
+    about = About("vdm" if args.vdm else "diffusion", r, shape, levels, start=args.from_)
     out = Path(args.out or f"runs/{'vdm-' if args.vdm else ''}{Path(args.data).stem}")
     device, first, denoiser = (
         torch.device(args.device) if args.device else team.device,
@@ -102,12 +159,12 @@ def train_together(args, team) -> int:
     trainer = (vdm_trainer if args.vdm else recipe_trainer)(
         r, x, y, denoiser=denoiser, device=device, bf16=args.bf16, compile=args.compile, checkpoint=out / "checkpoint.safetensors",
         save_every=args.every, keep_checkpoints=args.keep, accumulate=args.accumulate, skip=args.skip, shard=args.shard, workers=args.workers,
-        hooks=watchers(args, out, denoiser, shape, r["classes"], device))  # fmt: skip
+        hooks=watchers(args, out, denoiser, shape, r.classes, device))  # fmt: skip
     resumed, start = trainer.step, time.perf_counter()
     if resumed == trainer.steps and all((out / name).exists() for name in ("run.json", "model.safetensors")):
         print(f"{out} holds this run, finished; ask for more --steps to go on with it")
         return 0
-    if resumed and (start_was := read_about(out / "model.json").recipe.get("from")) != args.from_:
+    if resumed and (start_was := read_about(out / "model.json").start) != args.from_:
         raise ValueError(f"{out} holds a run that began from {start_was or 'a fresh network'}; name another --out")
     if first:
         trainer.checkpoints.check_room(trainer.state.nbytes())
@@ -120,7 +177,7 @@ def train_together(args, team) -> int:
     seconds = time.perf_counter() - start
     Model(model, about).save(out)
     write_json(out / "run.json", dict(
-        vdm=args.vdm, recipe=r, shape=shape, levels=levels, steps_here=trainer.step - resumed, seconds_here=round(seconds, 1),
+        vdm=args.vdm, recipe=asdict(r), shape=shape, levels=levels, steps_here=trainer.step - resumed, seconds_here=round(seconds, 1),
         device=device_name(device), processes=team.world, torch=torch.__version__, bf16=args.bf16, compile=args.compile,
         skipped=int(trainer.state.skipped), losses=trainer.losses))  # fmt: skip
     if trainer.step < trainer.steps:
@@ -131,15 +188,34 @@ def train_together(args, team) -> int:
     return 0
 
 
-def distill(args) -> int:
+@dataclass
+class Distill:
+    data: Literal["mnist", "cifar10"] = "mnist"
+    "The data set of the teacher."
+    consistency: bool = False
+    "A one-step model of the teacher in --out, which `train` wrote; else the teacher is trained too, and its steps halved again and again."
+    out: str | None = None
+    "Folder to write, if not runs/distill-DATA, or with --consistency runs/DATA."
+    every: int = 1000
+    "Steps between checkpoints."
+    bf16: bool = False
+    "bfloat16 autocast, for GPUs."
+    compile: bool = False
+    "torch.compile the networks, for GPUs."
+    device: str | None = None
+    "cpu or cuda; if not given, the GPU if there is one."
+
+
+def distill(args: Distill) -> int:
+    "Teach a student to draw in few calls what a model draws in many; goes on where an earlier run of the same command stopped."
     return one_step(args) if args.consistency else halve(args)
 
 
-def options_of(args) -> dict:
+def options_of(args: Distill) -> dict:
     return dict(device=args.device, bf16=args.bf16, compile=args.compile, save_every=args.every)
 
 
-def one_step(args) -> int:
+def one_step(args: Distill) -> int:
     "A consistency model of the teacher in a folder."
     from diffusion_nb.models.model import Model
     from diffusion_nb.recipes.consistency import train_consistency
@@ -149,7 +225,7 @@ def one_step(args) -> int:
         raise ValueError(f"{folder} holds no teacher; first: diffusion-nb train --data {args.data} --out {folder}")
     teacher = Model.load(folder)
     checkpoint = folder / "consistency-checkpoint.safetensors"
-    f = train_consistency(args.data, teacher.denoiser, teacher.about.recipe["classes"], checkpoint=checkpoint, **options_of(args))  # fmt: skip
+    f = train_consistency(args.data, teacher.denoiser, teacher.about.recipe.classes, checkpoint=checkpoint, **options_of(args))  # fmt: skip
     Model(f, replace(teacher.about, family="consistency")).save(folder / "consistency")
     print(
         f"wrote {folder}/consistency, a model that draws in one call; next: diffusion-nb sample --model {folder}/consistency"
@@ -157,19 +233,19 @@ def one_step(args) -> int:
     return 0
 
 
-def halve(args) -> int:
+def halve(args: Distill) -> int:
     "A teacher, and students of ever fewer steps."
     from diffusion_nb.data import data_set
     from diffusion_nb.models.model import About, Model
     from diffusion_nb.recipes.diffusion import recipe
-    from diffusion_nb.recipes.distillation import DISTILL, distill_recipe
+    from diffusion_nb.recipes.distillation import Distillation, distill_recipe
     from diffusion_nb.recipes.settings import settings
 
     folder, r = (
         Path(args.out or f"runs/distill-{args.data}"),
-        recipe(settings(f"distill.{args.data}", **DISTILL).teacher),
+        recipe(settings(f"distill.{args.data}", Distillation).teacher),
     )
-    data, students = data_set(r["data"]), distill_recipe(args.data, folder, **options_of(args))
+    data, students = data_set(r.data), distill_recipe(args.data, folder, **options_of(args))
     for n, student in students.items():
         Model(student, About("student", r, data.shape, data.levels, n)).save(folder / f"student-{n}")
     print(f"wrote the teacher and the students of {', '.join(map(str, students))} steps to {folder}; "

@@ -9,6 +9,7 @@ import os
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import CodeType, FunctionType
 
@@ -17,7 +18,7 @@ from filelock import FileLock
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from diffusion_nb.recipes.diffusion import chosen
+from diffusion_nb.recipes.diffusion import Recipe, chosen
 from diffusion_nb.util.storage import project_root, shipped, user_folder, write_atomically
 
 
@@ -105,21 +106,26 @@ def fingerprint(*objects) -> str:
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()[:16]
 
 
-def made_of(make: Callable, recipe: dict) -> str:
+def made_of(make: Callable, recipe) -> str:
     "The fingerprint of what makes an artifact: `make`, and of the tables of schedules and targets what the recipe names, so that one more in a table changes nothing."
-    named = chosen(recipe) if {"schedule", "target"} <= recipe.keys() else ()
-    return fingerprint(make, *named)
+    named = chosen(recipe) if isinstance(recipe, Recipe) else ()
+    return fingerprint(make, type(recipe), *named)
 
 
-def artifact(name: str, make: Callable, recipe: dict) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and the card of a trained artifact: the one that comes with the library, or one that `make(**recipe)` made here.
+def as_plain(recipe) -> dict:
+    "A recipe, a dataclass or a dict, as its card will hold it."
+    return json.loads(json.dumps(asdict(recipe) if is_dataclass(recipe) else recipe))
 
-    `make` returns (tensors, metrics). A file is used only if it is whole (its checksum is on the card) and was made from this
+
+def artifact(name: str, make: Callable, recipe) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the card of a trained artifact: the one that comes with the library, or one that `make(recipe)` made here.
+
+    recipe: a dataclass, or a dict. `make` returns (tensors, metrics). A file is used only if it is whole (its checksum is on the card) and was made from this
     very recipe by this very code. Otherwise one is made, in the user's folder, and a line says why; what comes with the
     library is never written. Any number of processes may ask at once: one makes it, the others wait.
     Raises RuntimeError where that would take over a minute, by the card, and DIFFUSION_NB_MAKE=1 does not ask for it.
     """
-    asked, made_by = json.loads(json.dumps(recipe)), made_of(make, recipe)  # as the card will hold it
+    asked, made_by = as_plain(recipe), made_of(make, recipe)
     first = shipped("artifacts") / f"{name}.safetensors"
     problem = _problem(first, asked, made_by)
     if not problem:
@@ -131,25 +137,25 @@ def artifact(name: str, make: Callable, recipe: dict) -> tuple[dict[str, Tensor]
         if own := _problem(path, asked, made_by):
             _check_asked(name, problem, first.with_suffix(".json"))
             print(f"making {name} ({own if path.exists() else problem})")
-            put_artifact(path, name, make, asked, recipe)
+            put_artifact(path, name, make, recipe)
         return _read(path)
 
 
-def put_artifact(path: Path, name: str, make: Callable, asked: dict, recipe: dict) -> None:
+def put_artifact(path: Path, name: str, make: Callable, recipe) -> None:
     "Make an artifact and write it with its card."
     start = time.perf_counter()
-    tensors, metrics = make(**recipe)
+    tensors, metrics = make(recipe)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     write_atomically(path, lambda p: save_file(tensors, p))
-    card = dict(name=name, recipe=asked, code=made_of(make, recipe), sha256=_sha256(path), metrics=metrics,
+    card = dict(name=name, recipe=as_plain(recipe), code=made_of(make, recipe), sha256=_sha256(path), metrics=metrics,
                 seconds=round(time.perf_counter() - start), torch=torch.__version__)  # fmt: skip
     write_atomically(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1) + "\n"))
 
 
-def ship_artifact(name: str, make: Callable, recipe: dict) -> dict:
+def ship_artifact(name: str, make: Callable, recipe) -> dict:
     "Make an artifact anew in data/artifacts of the repository; returns its card."
     path = project_root() / "data/artifacts" / f"{name}.safetensors"
-    put_artifact(path, name, make, json.loads(json.dumps(recipe)), recipe)
+    put_artifact(path, name, make, recipe)
     return _read(path)[1]
 
 

@@ -5,7 +5,6 @@ from itertools import chain
 from types import FunctionType, MethodType
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffusion_nb.denoisers import Denoiser, NetDenoiser, Prediction
@@ -16,18 +15,22 @@ def device_of(module: nn.Module) -> torch.device:
     return next((v.device for v in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
-class InDtype(nn.Module):
-    "A network whose weights and inputs are cast to `dtype`; times and integers are left as they are."
+def in_dtype(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    "`net`, the layers of torch.nn that hold weights in `dtype`, to which they cast their input; all else, such as Fourier features and the embedding of time, computes as before."
 
-    def __init__(self, net: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.net, self.dtype = net.to(dtype), dtype
+    def cast(layer, args, kwargs):
+        def to(v):
+            return v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
 
-    def forward(self, x: Float[Tensor, "b *d"], t: Float[Tensor, " b"], **cond):
-        cast = {
-            k: v.to(self.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in cond.items()
-        }
-        return self.net(x.to(self.dtype), t, **cast)
+        return tuple(to(v) for v in args), {k: to(v) for k, v in kwargs.items()}
+
+    for layer in net.modules():
+        if (
+            type(layer).__module__.startswith("torch.nn.")
+            and next(layer.parameters(recurse=False), None) is not None
+        ):
+            layer.to(dtype).register_forward_pre_hook(cast, with_kwargs=True)
+    return net
 
 
 def own_code(method: MethodType) -> MethodType:
@@ -44,7 +47,7 @@ class CompiledDenoiser(Denoiser):
 
     Parameters
     ----------
-    bf16: the networks in bfloat16, cast once; everything around them stays as it is. compile: the whole call, on a GPU with CUDA graphs;
+    bf16: the layers of the networks in bfloat16, their weights cast once; everything around them stays as it is. compile: the whole call, on a GPU with CUDA graphs;
     by default on a GPU only. A new shape is compiled anew. options: for `torch.compile`, such as backend or mode.
     The guesses own their memory: the next call does not change them. Raises ValueError where bf16 finds no network.
     """
@@ -59,7 +62,7 @@ class CompiledDenoiser(Denoiser):
                 f"bf16: {type(denoiser).__name__} holds no NetDenoiser, whose network could be in bfloat16"
             )
         for m in nets:
-            m.net = InDtype(m.net, torch.bfloat16)
+            in_dtype(m.net, torch.bfloat16)
         if self.on_gpu:
             self.denoiser.to(memory_format=torch.channels_last)
         self.compiled, self._call = self.on_gpu if compile is None else compile, self._guess

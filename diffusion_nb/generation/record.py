@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_nb.denoisers import Denoiser
-from diffusion_nb.util.storage import checksum
+from diffusion_nb.util.storage import checksum, write_atomically
 
 
 def digest(tensors: dict[str, Tensor], about: object = None) -> str:
@@ -31,10 +31,10 @@ def described(value, depth: int = 6) -> str:
     "A value as it stands in the record, the same in every process: tensors and modules by a hash, functions by name and by what they hold on to."
     if isinstance(value, Tensor):
         return digest({"": value})
-    if isinstance(value, nn.Module):
-        return f"{type(value).__qualname__} {identity(value)}"
     if not depth:
         return type(value).__qualname__
+    if isinstance(value, nn.Module):
+        return f"{type(value).__qualname__} {identity(value, depth - 1)}"
     if isinstance(value, partial):
         inside = value.func, *value.args, *sorted(value.keywords.items())
         return " ".join(described(v, depth - 1) for v in inside)
@@ -54,10 +54,16 @@ def described(value, depth: int = 6) -> str:
     return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
-def identity(module: nn.Module) -> str:
+def identity(module: nn.Module, depth: int = 6) -> str:
     "A hash of what a module computes with: classes, their numbers, words and functions, and all weights and buffers."
-    parts = [(name, type(m).__qualname__, {k: described(v) for k, v in vars(m).items() if k[0] != "_" and k != "training"})
-             for name, m in module.named_modules()]  # fmt: skip
+
+    def own(m):  # a method of its own that somebody has set, as accelerate does, leads back to the module
+        found = {k: v for k, v in vars(m).items() if k[0] != "_" and k != "training"}
+        return {
+            k: described(v.__func__ if getattr(v, "__self__", None) is m else v, depth) for k, v in found.items()
+        }
+
+    parts = [(name, type(m).__qualname__, own(m)) for name, m in module.named_modules()]
     return digest(dict(chain(module.named_parameters(), module.named_buffers())), parts)
 
 
@@ -91,18 +97,29 @@ def record(denoiser: Denoiser, sampler: Callable, ts: Tensor, n: int, shape: Seq
                 weights=identity(denoiser), conditions=digest(conditions(cond, n, first)(seeds)))  # fmt: skip
 
 
+def write_record(path: Path, about: dict) -> None:
+    "Write a record, with a checksum of its own."
+    text = json.dumps(about | {"checksum": digest({}, about)}, indent=1) + "\n"
+    write_atomically(path, lambda p: p.write_text(text))
+
+
 def read_record(path: Path) -> dict | None:
     "The record in a file; None where there is no file, and an empty one where it is damaged."
     try:
-        return json.loads(path.read_text())
+        about = json.loads(path.read_text())
+        return about if about.pop("checksum") == digest({}, about) else {}
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
 def check_record(here: dict, now: dict, place: Path) -> None:
-    "Raise ValueError, naming what differs, where `place` holds another run."
+    "Raise ValueError, naming what differs, where `place` holds another run, or nobody knows which."
+    if not here:
+        raise ValueError(
+            f"the record of {place} is damaged, so that nobody knows of which run it is: name another place, or delete it"
+        )
     differ = [f"{k}: {here.get(k, 'nothing')} there, {v} now" for k, v in now.items() if here.get(k) != v]
     if differ:
         raise ValueError(f"{place} holds another run ({'; '.join(differ)}): name another place, or delete it")

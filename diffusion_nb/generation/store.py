@@ -1,7 +1,6 @@
 """Pieces of a set of samples on disk."""
 
 import itertools
-import json
 import os
 import re
 import warnings
@@ -14,8 +13,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from diffusion_nb.generation.formats import FORMS
-from diffusion_nb.generation.record import check_record, digest, file_hash, read_record
-from diffusion_nb.util.storage import load_tensors, save_tensors, write_atomically
+from diffusion_nb.generation.record import check_record, digest, file_hash, read_record, write_record
+from diffusion_nb.util.storage import load_tensors, save_tensors
 
 PART = re.compile(r"(\d{12})-(\d+)\.safetensors")  # first seed and number of pictures
 OURS = re.compile(
@@ -102,14 +101,25 @@ def finished(parts: ChunkStore) -> bool:
     return True
 
 
+def record_of_chunks(parts: ChunkStore) -> dict | None:
+    "The record of the finished chunks, None where there is none. A damaged one is written anew if the chunks are of this run, for each says of which it is."
+    here = read_record(parts.begun)
+    sizes = [int(PART.fullmatch(p.name)[2]) for p in parts.files() if parts.read(p)] if here == {} else []
+    if not sizes:
+        return here
+    warnings.warn(f"{parts.begun} is damaged; the pictures beside it are of this run, which goes on", stacklevel=3)
+    write_record(parts.begun, parts.about | {"chunk": max(sizes)})
+    return read_record(parts.begun)
+
+
 def begin(parts: ChunkStore, chunk: int | None, fitting: Callable[[], int]) -> int:
     "Write the record where there is none; returns the size of the chunks. Raises ValueError where the place holds something else."
-    if (here := read_record(parts.begun)) is not None:
+    if (here := record_of_chunks(parts)) is not None:
         check_record(here, parts.about, parts.folder)
         return chunk or here["chunk"]
     check_free(parts.out)
     chunk = chunk or fitting()
-    write_atomically(parts.begun, lambda p: p.write_text(json.dumps(parts.about | {"chunk": chunk}, indent=1)))
+    write_record(parts.begun, parts.about | {"chunk": chunk})
     return chunk
 
 
@@ -117,7 +127,7 @@ def clear(parts: ChunkStore) -> None:
     "Delete a result or chunks of another run; move aside a result that is not as it was written. What has no record is left alone."
     try:
         finished(parts)
-        if (here := read_record(parts.begun)) is not None:
+        if (here := record_of_chunks(parts)) is not None:
             check_record(here, parts.about, parts.folder)
     except ValueError:
         remove_ours(parts.folder)
@@ -170,6 +180,6 @@ def merge(parts: ChunkStore) -> bool:
     flush(draft)
     card = parts.about | {"sha256": file_hash(draft)}
     put_in_place(draft, out, card["sha256"])
-    write_atomically(parts.card, lambda p: p.write_text(json.dumps(card, indent=1) + "\n"))
+    write_record(parts.card, card)
     remove_ours(parts.folder)
     return True

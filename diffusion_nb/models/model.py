@@ -8,33 +8,35 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_nb.denoisers import DenoiserConsistency
-from diffusion_nb.recipes.diffusion import recipe_denoiser
-from diffusion_nb.recipes.vdm import vdm_denoiser
+from diffusion_nb.recipes.diffusion import Recipe, UNetRecipe, recipe_denoiser
+from diffusion_nb.recipes.settings import typed
+from diffusion_nb.recipes.vdm import VDMRecipe, vdm_denoiser
 from diffusion_nb.util.checks import check_numbers
 from diffusion_nb.util.storage import check_fits, own_tensors, read_weights, save_tensors, write_json
 
-FAMILIES = {  # what builds the network of a recipe
-    "diffusion": recipe_denoiser,
-    "vdm": vdm_denoiser,
-    "student": recipe_denoiser,  # of progressive distillation
-    "consistency": lambda r, shape: DenoiserConsistency(recipe_denoiser(r, shape)),
+FAMILIES = {  # the kind of recipe, and what builds its network
+    "diffusion": (Recipe, recipe_denoiser),
+    "vdm": (VDMRecipe, vdm_denoiser),
+    "student": (Recipe, recipe_denoiser),  # of progressive distillation
+    "consistency": (Recipe, lambda r, shape: DenoiserConsistency(recipe_denoiser(r, shape))),
 }
 FILES = "model.safetensors", "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
 class About:
-    "What model.json says: the family, the recipe of the network, the shape and grey levels of its pictures, and of a student its steps."
+    "What model.json says: the family, the recipe of the network, the shape and grey levels of its pictures, of a student its steps, and the weights from which its training started, if not from fresh ones."
 
     family: str
-    recipe: dict
+    recipe: UNetRecipe
     shape: tuple[int, int, int]
     levels: int = 256
     steps: int = 0
+    start: str | None = None
 
     def fresh(self) -> nn.Module:
         "The network, not trained."
-        return FAMILIES[self.family](self.recipe, self.shape)
+        return FAMILIES[self.family][1](self.recipe, self.shape)
 
     def save(self, folder: Path | str) -> None:
         write_json(Path(folder) / "model.json", asdict(self))
@@ -73,10 +75,7 @@ class Model:
             raise ValueError(
                 f"{folder} holds no {file.name}: expected a folder written by `diffusion-nb train` or Model.save"
             )
-        try:
-            denoiser, tensors = about.fresh(), read_weights(file)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as e:  # of a recipe that nobody wrote
-            raise ValueError(f"{folder / 'model.json'} is damaged, or its recipe is none: {e!r}") from e
+        denoiser, tensors = about.fresh(), read_weights(file)
         averaged = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
         fill(denoiser, averaged or tensors, f"{file}, by its model.json,")
         return cls(denoiser.eval().requires_grad_(False), about)
@@ -98,12 +97,14 @@ def read_about(file: Path) -> About:
             f"{file.parent} holds no {file.name}: expected a folder written by `diffusion-nb train` or Model.save"
         )
     try:
-        about = About(**json.loads(file.read_text(encoding="utf-8")))
+        said = json.loads(file.read_text(encoding="utf-8"))
+        said["recipe"]["width"]  # which none is without
+        recipe = typed(FAMILIES[said["family"]][0], said["recipe"], "recipe")
+        about = About(**said | {"recipe": recipe, "shape": tuple(said["shape"])})
         channels, height, width = about.shape
-        FAMILIES[about.family], about.recipe["width"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{file} is damaged, or not written by `diffusion-nb train` or Model.save: {e!r}") from e
     check_numbers(channels=(channels, 1), height=(height, 1), width=(width, 1))
     if max(channels * height * width, channels * 2**12) > 2**28:
         raise ValueError(f"{file}: pictures of shape {about.shape} cannot be meant")
-    return About(**{**asdict(about), "shape": (channels, height, width)})
+    return about

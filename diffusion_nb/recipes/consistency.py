@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
@@ -10,37 +11,35 @@ from diffusion_nb.data import Pictures, data_set
 from diffusion_nb.denoisers import Clip, DenoiserConsistency, NetDenoiser, VEView
 from diffusion_nb.grids import edm_grid
 from diffusion_nb.losses.consistency import consistency_distillation, consistency_training
+from diffusion_nb.recipes.diffusion import Training
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.time_samplers import LevelSampler, constant_levels
-from diffusion_nb.training.lr import warmup_cosine
 from diffusion_nb.training.trainer import Trainer
 
-RECIPE = dict(
-    data=str,
-    levels=int,
-    smallest=float,
-    largest=float,
-    steps=int,
-    batch=int,
-    lr=float,
-    warmup=int,
-    ema=float,
-    beta2=float,
-    seed=int,
-)
+
+@dataclass(frozen=True)
+class ConsistencyRecipe(Training):
+    "A consistency model of a data set: `levels` steps of σ from `largest` to `smallest`, the last one down to 0, and its training."
+
+    lr: float = 0.0002
+    warmup: int = 50
+    ema: float = 0.99
+    data: str = "digits"
+    levels: int = 10
+    smallest: float = 0.2
+    largest: float = 20.0
 
 
 def consistency_trainer(
-    r: dict, pictures: Pictures, f: nn.Module, make_loss: Callable, classes: int = 0, **options
+    r: ConsistencyRecipe, pictures: Pictures, f: nn.Module, make_loss: Callable, classes: int = 0, **options
 ) -> Trainer:
     """The trainer that a recipe describes: `make_loss(levels)` is the loss. options: device, bf16, compile, checkpoint, save_every.
 
-    The recipe's keys are those of RECIPE; the grid has r["levels"] steps, the last one down to 0. With classes, one label in ten becomes "any".
+    With classes, one label in ten becomes "any".
     """
-    levels = LevelSampler(constant_levels(edm_grid(f.schedule, r["levels"], r["smallest"], r["largest"])))
+    levels = LevelSampler(constant_levels(edm_grid(f.schedule, r.levels, r.smallest, r.largest)))
     labels = dict(cond={"y": pictures.y}, null=classes) if classes else {}
-    return Trainer(f, pictures.x, steps=r["steps"], batch=r["batch"], lr=warmup_cosine(r["lr"], r["warmup"], r["steps"]), time_sampler=levels,
-                   loss=make_loss(levels), ema=r["ema"], betas=(0.9, r["beta2"]), seed=r["seed"], **labels, **options)  # fmt: skip
+    return Trainer(f, pictures.x, time_sampler=levels, loss=make_loss(levels), **r.options(), **labels, **options)
 
 
 def train_consistency(
@@ -50,10 +49,10 @@ def train_consistency(
 
     classes: how many the teacher knows. distil: whether to follow the teacher, too. options: device, bf16, compile, checkpoint, save_every.
     """
-    r = vars(settings(f"consistency.{name}", **RECIPE))
+    r = settings(f"consistency.{name}", ConsistencyRecipe)
     f = DenoiserConsistency(copy.deepcopy(teacher).requires_grad_(True))
     teacher = VEView(Clip(teacher)).eval().requires_grad_(False)
     make = partial(consistency_distillation, teacher) if distil else consistency_training
-    trainer = consistency_trainer(r, data_set(r["data"]).load(), f, make, classes, **options)
+    trainer = consistency_trainer(r, data_set(r.data).load(), f, make, classes, **options)
     teacher.to(trainer.device)
     return trainer.fit()

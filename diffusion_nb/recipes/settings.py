@@ -1,36 +1,21 @@
-"""Reads settings.ini."""
+"""Reads settings.ini into dataclasses."""
 
 import configparser
 import os
-from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from diffusion_nb.util.storage import shipped
 
-
-def ints(text: str) -> tuple[int, ...]:
-    "'1, 2, 2' → (1, 2, 2): a settings type."
-    return tuple(int(v) for v in text.split(","))
+T = TypeVar("T")
 
 
-def one_of(*names: str) -> Callable[[str], str]:
-    "A settings type: one of these words."
+def settings(section: str, kind: type[T]) -> T:
+    """The settings of one section, as `kind`, a dataclass: its defaults, and what differs from them.
 
-    def choice(text: str) -> str:
-        if text not in names:
-            raise ValueError(text)
-        return text
-
-    choice.__name__ = f"choice of {', '.join(names)}"
-    return choice
-
-
-def settings(section: str, **types: Callable) -> SimpleNamespace:
-    """The settings of one notebook: `settings("07_ddpm", steps=int, lr=float).steps`.
-
-    The file is the library's settings.ini, or the one that DIFFUSION_NB_SETTINGS names. Values come from `[section]`, then `[section.gpu]` if DIFFUSION_NB_PROFILE=gpu, then DIFFUSION_NB_SET, which holds
-    `section.key=value` items parted by ';'. Raises ValueError naming the key, the value and what was expected.
+    The file is the library's settings.ini, or the one that DIFFUSION_NB_SETTINGS names. What differs comes from `[section]`, then `[section.gpu]` if DIFFUSION_NB_PROFILE=gpu, then DIFFUSION_NB_SET,
+    which holds `section.key=value` items parted by ';'. Raises ValueError naming the key, the value and what was expected.
     """
     ini = configparser.ConfigParser(interpolation=None)
     ini.optionxform = str  # keys are as they are written
@@ -44,11 +29,7 @@ def settings(section: str, **types: Callable) -> SimpleNamespace:
     values = dict(ini[section])
     if profile == "gpu" and f"{section}.gpu" in ini:
         values |= dict(ini[f"{section}.gpu"])
-    values |= _overrides(section, ini.sections())
-    for key in sorted(values.keys() ^ types.keys()):
-        problem = "is not a setting" if key in values else "is missing"
-        raise ValueError(f"settings [{section}]: {key!r} {problem}; the settings are {', '.join(types)}")
-    return SimpleNamespace(**{key: _parse(section, key, values[key], kind) for key, kind in types.items()})
+    return typed(kind, values | _overrides(section, ini.sections()), f"settings [{section}]")
 
 
 def _overrides(section: str, sections: list[str]) -> dict[str, str]:
@@ -65,13 +46,39 @@ def _overrides(section: str, sections: list[str]) -> dict[str, str]:
     return found
 
 
-def _parse(section: str, key: str, text: str, kind: Callable):
+def typed(kind: type[T], values: dict[str, Any], where: str) -> T:
+    "The dataclass `kind` with these values, text or not, each in the type of its field. Raises ValueError naming what does not fit."
+    types, needed = get_type_hints(kind), {f.name for f in fields(kind) if f.default is MISSING}
+    for key in sorted(values.keys() - types.keys()) + sorted(needed - values.keys()):
+        problem = "is not a setting" if key in values else "is missing"
+        raise ValueError(f"{where}: {key!r} {problem}; the settings are {', '.join(types)}")
+    found = {}
+    for key, value in values.items():
+        try:
+            found[key] = _parse(types[key], value)
+        except (ValueError, TypeError, OverflowError):
+            raise ValueError(f"{where}: {key} = {value!r} is not a valid {_name(types[key])}") from None
     try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"settings [{section}]: {key} = {text!r} is not a valid {kind.__name__}") from None
+        return kind(**found)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
 
 
-def floats(text: str) -> list[float]:
-    "'0, 1.5' → [0.0, 1.5]: a settings type."
-    return [float(v) for v in text.split(",")]
+def _parse(kind, value):
+    if get_origin(kind) is tuple:
+        return tuple(_parse(get_args(kind)[0], v) for v in (value.split(",") if isinstance(value, str) else value))
+    parsed = value if get_origin(kind) is Literal else kind(value)
+    if (
+        not isinstance(value, str)
+        and parsed != value
+        or get_origin(kind) is Literal
+        and value not in get_args(kind)
+    ):
+        raise ValueError
+    return parsed
+
+
+def _name(kind) -> str:
+    if get_origin(kind) is Literal:
+        return f"choice of {', '.join(get_args(kind))}"
+    return f"list of {get_args(kind)[0].__name__}" if get_origin(kind) is tuple else kind.__name__

@@ -1,46 +1,53 @@
 """Recipes of variational diffusion models."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from diffusion_nb.denoisers import NetDenoiser, TimeWarped, predict_eps
 from diffusion_nb.likelihood.bits import check_levels
 from diffusion_nb.losses.vdm import vdm_loss
 from diffusion_nb.nets.conditioning import FourierFeatures, GammaConditioning
-from diffusion_nb.nets.unet import UNet
-from diffusion_nb.recipes.diffusion import labelled, learning_rate
-from diffusion_nb.recipes.settings import ints, one_of, settings
+from diffusion_nb.recipes.diffusion import UNetRecipe
+from diffusion_nb.recipes.settings import settings
 from diffusion_nb.schedules import LearnedSchedule
 from diffusion_nb.training.trainer import Trainer
 
-VDM = dict(data=str, width=int, mults=ints, blocks=int, attention=ints, classes=int, dropout=float, patch=int,
-           first=float, last=float, soft_steps=int, exponents=ints, levels=int, steps=int, batch=int, lr=float,
-           warmup=int, decay=one_of("cosine", "constant"), ema=float, beta2=float, seed=int)  # fmt: skip
+
+@dataclass(frozen=True)
+class VDMRecipe(UNetRecipe):
+    """A model on a learned schedule, γ = -log SNR from `first` to `last`, both learned.
+
+    exponents: of the Fourier features; soft_steps: the width of the monotone network; levels: grey levels.
+    """
+
+    steps: int = 1500
+    ema: float = 0.995
+    first: float = -7.5
+    last: float = 6.0
+    soft_steps: int = 1024
+    exponents: tuple[int, ...] = (3, 4)
+    levels: int = 17
 
 
-def vdm_recipe(name: str) -> dict:
+def vdm_recipe(name: str) -> VDMRecipe:
     "The recipe of settings.ini under [vdm.NAME]."
-    return vars(settings(f"vdm.{name}", **VDM))
+    return settings(f"vdm.{name}", VDMRecipe)
 
 
-def vdm_denoiser(r: dict, shape: Sequence[int]) -> TimeWarped:
+def vdm_denoiser(r: VDMRecipe, shape: Sequence[int]) -> TimeWarped:
     "The fresh model of a recipe, for pictures of this shape: a network told γ, with Fourier features, on a learned clock."
-    channels, schedule = shape[0], LearnedSchedule(r["first"], r["last"], r["soft_steps"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(r["seed"])
-        net = UNet(channels * (1 + 2 * len(r["exponents"])), r["width"], r["mults"], r["blocks"], r["attention"], classes=r["classes"],
-                   dropout=r["dropout"], patch=r["patch"], channels_out=channels)  # fmt: skip
-    line = schedule.schedule
+    channels, schedule = shape[0], LearnedSchedule(r.first, r.last, r.soft_steps)
+    net, line = r.unet(channels * (1 + 2 * len(r.exponents)), channels_out=channels), schedule.schedule
     return TimeWarped(
-        NetDenoiser(FourierFeatures(net, r["exponents"]), line, predict_eps, c_noise=GammaConditioning(line)),
+        NetDenoiser(FourierFeatures(net, r.exponents), line, predict_eps, c_noise=GammaConditioning(line)),
         schedule.warp,
     )
 
 
 def vdm_trainer(
-    r: dict,
+    r: VDMRecipe,
     x: Tensor,
     y: Tensor | None = None,
     *,
@@ -54,9 +61,9 @@ def vdm_trainer(
     """
     if not isinstance(x, Tensor):
         raise ValueError("x: expected the pictures as a tensor, (n, c, h, w)")
-    check_levels(x[:1000], r["levels"])
-    trainer = Trainer(denoiser or vdm_denoiser(r, x.shape[1:]), x, loss=vdm_loss(r["levels"]), steps=r["steps"], lr=learning_rate(r),
-                      batch=r["batch"], ema=r["ema"], betas=(0.9, r["beta2"]), seed=r["seed"], **labelled(r, y), **options)  # fmt: skip
+    check_levels(x[:1000], r.levels)
+    model = denoiser or vdm_denoiser(r, x.shape[1:])
+    trainer = Trainer(model, x, loss=vdm_loss(r.levels), **r.options(), **r.labelled(y), **options)
     if compile:
         trainer.denoiser.denoiser.net.compile()
     return trainer
