@@ -169,6 +169,22 @@ def test_mass_of_a_level(levels, std):
         assert math.isclose(got[k], want, rel_tol=1e-9, abs_tol=1e-300)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mass_and_its_gradients_are_finite_for_any_deviation_and_mean(dtype):
+    "A bin of a deviation far smaller than itself holds all or nothing; of one far larger, its width times the density."
+    stds = torch.tensor([1e-30, 1e-12, 1e-7, 1e-5, 1e-2, 1.0, 1e4, 1e9], dtype=dtype)
+    means = torch.tensor([-1e6, -100.0, -1.0, -0.5, 1e-3, 0.49, 1.0, 3.0, 1e6], dtype=dtype)
+    x, mean, std = torch.meshgrid(torch.linspace(-1, 1, 17, dtype=dtype), means, stds, indexing="ij")
+    mean, std = mean.clone().requires_grad_(), std.clone().requires_grad_()
+    log_p = discretised_log_prob(x, mean, std, 17)
+    log_p.sum().backward()
+    assert all(v.isfinite().all() for v in (log_p, mean.grad, std.grad)) and (log_p <= 0).all()
+    own = ((8 * mean.clamp(-1, 1)).round() / 8 == x)[:, :, :4]
+    assert (log_p[:, :, :4][own] == 0).all() and (log_p[:, :, :4][~own] < -100).all()
+    wide = log_p[1:-1, 2:-1, -2].exp() * 1e4  # in bins that end, means near 0
+    close(wide, torch.full_like(wide, 0.125 / (2 * math.pi) ** 0.5), rtol=2e-2, atol=0)
+
+
 def test_far_from_the_mean_the_mass_keeps_its_digits_and_a_gradient():
     z = (-torch.logspace(-2, 3.5, 200)).requires_grad_()
     log_cdf(z).sum().backward()

@@ -1,5 +1,6 @@
 """Printed texts are compared to the precision with which they are printed, and no looser."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,35 +55,38 @@ def test_anything_else_is_another_text(stored, fresh):
     assert Printed(stored) != Printed(fresh) and Printed(fresh) != Printed(stored)
 
 
-def validated(folder: Path, source: str, stored: str) -> subprocess.CompletedProcess:
-    "The suite's own run of a notebook of one cell."
-    cell = new_code_cell(source, execution_count=1, outputs=[new_output("stream", name="stdout", text=stored)])
-    nbformat.write(new_notebook(cells=[cell]), folder / "one.ipynb")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
+BAR = "import time\nfrom tqdm.auto import tqdm\nfor i in tqdm(range(6000), mininterval=0):\n    time.sleep(0.001)\nprint('done')"
+CELLS = {  # (source, stored): whether it is green
+    (
+        BAR,
+        "done",
+    ): True,  # thousands of messages, read while it runs: left in the queues, the last ones would be dropped
+    ("print(0.5231)", "0.5230"): True,
+    ("print(0.5235)", "0.5230"): False,
+    ("print(41)", "42"): False,
+}
+
+
+def test_the_suite_compares_a_notebook_by_what_it_prints(tmp_path):
+    cells = [new_code_cell(source, execution_count=i, outputs=[new_output("stream", name="stdout", text=f"{stored}\n")])
+             for i, (source, stored) in enumerate(CELLS)]  # fmt: skip
+    nbformat.write(new_notebook(cells=cells), tmp_path / "one.ipynb")
+    words = [
         "-q",
+        "-rA",
         "--color=no",
         "-c",
         ROOT / "pyproject.toml",
         "--rootdir",
         ROOT,
+        "--confcutdir",
+        ROOT,
+        "-p",
+        "conftest",
     ]
-    command += ["--confcutdir", ROOT, "-p", "conftest", folder / "one.ipynb"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_a_cell_with_a_long_progress_bar_is_green(tmp_path):
-    "Its thousands of messages are read while it runs; left in the queues, the last ones would be dropped."
-    cell = "import time\nfrom tqdm.auto import tqdm\nfor i in tqdm(range(6000), mininterval=0):\n    time.sleep(0.001)\nprint('done')"
-    done = validated(tmp_path, cell, "done\n")
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
-
-
-@pytest.mark.parametrize(
-    "source, green", [("print(0.5231)", True), ("print(0.5235)", False), ("print(41)", False)]
-)
-def test_a_notebook_is_compared_by_what_it_prints(tmp_path, source, green):
-    stored = "42\n" if source == "print(41)" else "0.5230\n"
-    assert (validated(tmp_path, source, stored).returncode == 0) == green
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words, tmp_path / "one.ipynb"], cwd=ROOT, capture_output=True, text=True
+    )
+    for i, green in enumerate(CELLS.values()):
+        found = re.search(rf"^(PASSED|FAILED) .*::Cell {i}\b", done.stdout, re.MULTILINE)
+        assert found and (found[1] == "PASSED") == green, done.stdout

@@ -21,7 +21,7 @@ from diffusion_nb.util.storage import load_tensors
 
 HANGS = 1800  # seconds: what takes so long on any machine, hangs
 
-STEPS = 60
+STEPS = 40
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CLI = [sys.executable, "-m", "diffusion_nb"]
 
@@ -164,7 +164,7 @@ def start_and_signal(out, sig, read=1, after=0.0):
 
 def moment(kill: int) -> tuple[int, float]:
     "How often the loss is read before a kill, and how much later the kill comes: somewhere in a step, or as a checkpoint is written."
-    return 1 + 3 * kill, 0.02 * float(torch.rand(1, generator=torch.Generator().manual_seed(kill)))
+    return 1 + 2 * kill, 0.02 * float(torch.rand(1, generator=torch.Generator().manual_seed(kill)))
 
 
 def steps_here(out):

@@ -118,7 +118,6 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path):
     path = tmp_path / "log"
     for text in (
         "buy milk\nand bread\n",
-        '{"step": 1}\n[1]\n',
         '{"step": "x"}\n',
         "3\n",
         "buy milk",
@@ -128,10 +127,24 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(
-            ValueError, match="is no row of a log: expected a JSON object with a step; name another file"
+            ValueError, match="is no log: expected a JSON object with a step in its first line; name another file"
         ):
             JsonLogger(path)(at(1))
         assert path.read_text() == text
+
+
+def test_a_damaged_line_costs_a_warning(tmp_path):
+    path = tmp_path / "log"
+    for step in range(1, 5):
+        JsonLogger(path)(at(step))
+    lines = path.read_text().splitlines()
+    for damage in ("[1]", "", lines[1][:9], lines[1].replace("step", "stop")):
+        path.write_text("\n".join([lines[0], damage, *lines[2:]]) + "\n")
+        with pytest.warns(UserWarning, match="of 4 lines these are damaged, and left out: 2"):
+            assert [row["step"] for row in read_rows(path)] == [1, 3, 4]
+    with pytest.warns(UserWarning, match="damaged"):
+        JsonLogger(path)(at(5))
+    assert [row["step"] for row in read_rows(path)] == [1, 3, 4, 5]
 
 
 def test_nothing_is_written_between_readings_or_by_other_processes(tmp_path):

@@ -45,6 +45,7 @@ from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util import profiling
+from diffusion_nb.util.checks import cpu_only
 from diffusion_nb.util.images import to_bytes
 from diffusion_nb.util.profiling import HostSyncs, flops, utilisation
 from diffusion_nb.variances import fixed_large, fixed_small
@@ -161,8 +162,10 @@ def test_a_look_is_counted_with_its_line(look):
 
 
 def test_arithmetic_and_checks_are_no_looks():
-    def check_it(x):
-        return bool(x.sum() > 0)
+    check_it = cpu_only(lambda x: bool(x.sum() > 0))
+
+    def check_named_like_one(x):
+        bool(x.sum() > 0)
 
     x = torch.ones(3)
     with HostSyncs() as syncs:
@@ -171,6 +174,12 @@ def test_arithmetic_and_checks_are_no_looks():
     assert syncs.count == 0
     x.tolist()  # outside nothing is counted
     assert syncs.count == 0
+    with HostSyncs() as syncs:
+        check_named_like_one(x)
+    assert syncs.count == 1
+    with pytest.raises(ZeroDivisionError):
+        cpu_only(lambda x: 1 / 0)(x)
+    cpu_only(lambda x: 1 / 0)(x.to("meta"))  # not on another device
 
 
 @pytest.mark.parametrize(

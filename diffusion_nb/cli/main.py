@@ -4,10 +4,11 @@ import sys
 
 from diffusion_nb.util.allocator import keep_freed_memory
 
+ABOUT = "Diffusion models: run the book, train, draw. Start with `diffusion-nb run`, or draw digits at once with `diffusion-nb sample`."
 
-def run_command(argv: list[str]) -> int:
-    "Returns what the command that was asked for returns; SystemExit(2) for arguments that make no sense."
-    from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
+
+def commands():
+    "The commands, of which `.cli(args=…)` parses and calls the one that was asked for."
     from tyro.extras import SubcommandApp
 
     from diffusion_nb.cli.book import artifacts, data, ledger, run
@@ -17,16 +18,19 @@ def run_command(argv: list[str]) -> int:
     app = SubcommandApp()
     for command in (run, train, distill, sample, bits, data, artifacts, ledger):
         app.command(command)
-    about = "Diffusion models: run the book, train, draw. Start with `diffusion-nb run`, or draw digits at once with `diffusion-nb sample`."
-    return app.cli(args=argv, prog="diffusion-nb", description=about, config=(OmitArgPrefixes, FlagCreatePairsOff))
+    return app
 
 
 def main(argv: list[str] | None = None) -> int:
     "Returns 0 if all went well, 1 if not, 130 after Ctrl-C; SystemExit(2) where the arguments made no sense."
+    from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
+
     argv = sys.argv[1:] if argv is None else argv
     keep_freed_memory()
     try:
-        return run_command(argv)
+        return commands().cli(
+            args=argv, prog="diffusion-nb", description=ABOUT, config=(OmitArgPrefixes, FlagCreatePairsOff)
+        )
     except KeyboardInterrupt as e:
         print(f"\n{e}" if str(e) else "\nstopped", file=sys.stderr)
         return 130

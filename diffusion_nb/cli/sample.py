@@ -45,36 +45,39 @@ class Sample:
 
 def sample(args: Sample) -> int:
     "Draw pictures with a trained model, a grid of them, and a record of how; goes on where an earlier run of the same command stopped."
-    from diffusion_nb.training.sharding import process_group
-
-    with process_group(cpu=args.device == "cpu") as team:
-        return sample_together(args, team)
-
-
-def sample_together(args: Sample, team) -> int:
-    "One of the processes that draw; there may be one only."
     import torch
 
     from diffusion_nb.generation.generate import generate
-    from diffusion_nb.util.storage import write_json
+    from diffusion_nb.training.sharding import process_group
 
-    device, model = torch.device(args.device) if args.device else team.device, load_model(args.model)
-    classes, start = model.about.recipe.classes, time.perf_counter()
-    check_sample(args, classes)
-    sampler, ts = walk_of(args, model)
-    denoiser = ready(args, model, device)
-    labels = torch.arange(args.n) % (classes or 1) if args.label is None else torch.full((args.n,), args.label)
     out = Path(args.out or "runs/samples")
     file = out / {"png": "pictures"}.get(args.format, f"samples.{args.format}")
-    generate(file, denoiser, sampler, ts, args.n, model.about.shape, cond={"y": labels} if classes else None,
-             first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
-    if team.rank == 0:
-        write_grid(file, out / "grid.png")
-        about = asdict(args) | dict(seconds=round(time.perf_counter() - start, 1),
-                 device=device_name(device), processes=team.world, torch=torch.__version__, recipe=asdict(model.about.recipe)) | dict(sampler=args.sampler or default_walk(model)[0], steps=len(ts) - 1)  # fmt: skip
-        write_json(out / "run.json", about)
-        print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json")
+    with process_group(cpu=args.device == "cpu") as team:
+        device, model = torch.device(args.device) if args.device else team.device, load_model(args.model)
+        classes, start = model.about.recipe.classes, time.perf_counter()
+        check_sample(args, classes)
+        (sampler, ts), denoiser = walk_of(args, model), ready(args, model, device)
+        y = torch.arange(args.n) % (classes or 1) if args.label is None else torch.full((args.n,), args.label)
+        generate(file, denoiser, sampler, ts, args.n, model.about.shape, cond={"y": y} if classes else None,
+                 first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
+        if team.rank == 0:
+            write_grid(file, out / "grid.png")
+            here = dict(
+                seconds=round(time.perf_counter() - start, 1), device=device_name(device), processes=team.world
+            )
+            write_how(args, model, len(ts) - 1, here, out / "run.json")
+            print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json")
     return 0
+
+
+def write_how(args: Sample, model, steps: int, here: dict, file: Path) -> None:
+    "The record of how pictures were drawn."
+    import torch
+
+    from diffusion_nb.util.storage import write_json
+
+    how = dict(sampler=args.sampler or default_walk(model)[0], steps=steps, torch=torch.__version__)
+    write_json(file, asdict(args) | here | how | dict(recipe=asdict(model.about.recipe)))
 
 
 def check_sample(args: Sample, classes: int) -> None:

@@ -64,14 +64,6 @@ class Train:
     "cpu or cuda; if not given, the GPU if there is one."
 
 
-def train(args: Train) -> int:
-    "Train a model of a data set; goes on where an earlier run of the same command stopped."
-    from diffusion_nb.training.sharding import process_group
-
-    with process_group(cpu=args.device == "cpu") as team:
-        return train_together(args, team)
-
-
 def watchers(args: Train, out: Path, denoiser, shape, classes: int, device) -> list:
     "What looks on as a model is trained: the log, and what the options ask for."
     import torch
@@ -132,26 +124,21 @@ def recipe_of(args: Train, classes: int | None):
     return replace((vdm_recipe if args.vdm else recipe)(name), **own, **given)
 
 
-def train_together(args: Train, team) -> int:
-    "One of the processes that train a model; there may be one only."
+def prepared(args: Train, team, out: Path):
+    "The trainer of the model that was asked for, and what that model is."
     import torch
 
-    from diffusion_nb.models.model import About, Model, fill, read_about
+    from diffusion_nb.models.model import About, Model, fill
     from diffusion_nb.recipes.diffusion import recipe_trainer
     from diffusion_nb.recipes.vdm import vdm_trainer
     from diffusion_nb.util.checks import check_numbers
-    from diffusion_nb.util.storage import own_tensors, write_json
+    from diffusion_nb.util.storage import own_tensors
 
     check_numbers(every=(args.every, 1), keep=(args.keep, 1), accumulate=(args.accumulate, 1), grids=(args.grids, 0), workers=(args.workers, 0))  # fmt: skip
     x, y, classes, shape, levels = pictures_of(args)
     r = recipe_of(args, classes)
     about = About("vdm" if args.vdm else "diffusion", r, shape, levels, start=args.from_)
-    out = Path(args.out or f"runs/{'vdm-' if args.vdm else ''}{Path(args.data).stem}")
-    device, first, denoiser = (
-        torch.device(args.device) if args.device else team.device,
-        team.rank == 0,
-        about.fresh(),
-    )
+    device, denoiser = torch.device(args.device) if args.device else team.device, about.fresh()
     if args.from_:
         fill(denoiser, own_tensors(Model.load(args.from_).denoiser), f"--from {args.from_}")
     torch.backends.cudnn.benchmark = not args.deterministic
@@ -160,31 +147,56 @@ def train_together(args: Train, team) -> int:
         r, x, y, denoiser=denoiser, device=device, bf16=args.bf16, compile=args.compile, checkpoint=out / "checkpoint.safetensors",
         save_every=args.every, keep_checkpoints=args.keep, accumulate=args.accumulate, skip=args.skip, shard=args.shard, workers=args.workers,
         hooks=watchers(args, out, denoiser, shape, r.classes, device))  # fmt: skip
-    resumed, start = trainer.step, time.perf_counter()
-    if resumed == trainer.steps and all((out / name).exists() for name in ("run.json", "model.safetensors")):
-        print(f"{out} holds this run, finished; ask for more --steps to go on with it")
-        return 0
-    if resumed and (start_was := read_about(out / "model.json").start) != args.from_:
+    return trainer, about
+
+
+def check_start(trainer, about, out: Path) -> None:
+    "Say that a run goes on. Raises ValueError where it began from other weights, and OSError where there is no room."
+    from diffusion_nb.models.model import read_about
+
+    if trainer.step and (start_was := read_about(out / "model.json").start) != about.start:
         raise ValueError(f"{out} holds a run that began from {start_was or 'a fresh network'}; name another --out")
-    if first:
+    if trainer.rank == 0:
         trainer.checkpoints.check_room(trainer.state.nbytes())
         about.save(out)
-        if resumed:
-            print(f"going on from step {resumed} of {out / 'checkpoint.safetensors'}")
-    model = trainer.fit(args.minutes)
-    if not first:
-        return 0
-    seconds = time.perf_counter() - start
-    Model(model, about).save(out)
+        if trainer.step:
+            print(f"going on from step {trainer.step} of {out / 'checkpoint.safetensors'}")
+
+
+def write_down(args: Train, trainer, about, out: Path, steps_here: int, seconds: float) -> None:
+    "The record of a training beside its weights, and what to do next."
+    import torch
+
+    from diffusion_nb.util.storage import write_json
+
     write_json(out / "run.json", dict(
-        vdm=args.vdm, recipe=asdict(r), shape=shape, levels=levels, steps_here=trainer.step - resumed, seconds_here=round(seconds, 1),
-        device=device_name(device), processes=team.world, torch=torch.__version__, bf16=args.bf16, compile=args.compile,
+        vdm=args.vdm, recipe=asdict(about.recipe), shape=about.shape, levels=about.levels, steps_here=steps_here, seconds_here=round(seconds, 1),
+        device=device_name(trainer.device), processes=trainer.world, torch=torch.__version__, bf16=args.bf16, compile=args.compile,
         skipped=int(trainer.state.skipped), losses=trainer.losses))  # fmt: skip
     if trainer.step < trainer.steps:
         print(f"step {trainer.step} of {trainer.steps}; the same command goes on from there")
     if trainer.state.skipped:
         print(f"{int(trainer.state.skipped)} steps were left out, for their gradient was not finite")
     print(f"wrote {out}/model.safetensors, model.json and run.json; next: diffusion-nb sample --model {out}")
+
+
+def train(args: Train) -> int:
+    "Train a model of a data set; goes on where an earlier run of the same command stopped."
+    from diffusion_nb.models.model import Model
+    from diffusion_nb.training.sharding import process_group
+
+    out = Path(args.out or f"runs/{'vdm-' if args.vdm else ''}{Path(args.data).stem}")
+    with process_group(cpu=args.device == "cpu") as team:
+        trainer, about = prepared(args, team, out)
+        resumed, start = trainer.step, time.perf_counter()
+        if resumed == trainer.steps and all((out / name).exists() for name in ("run.json", "model.safetensors")):
+            print(f"{out} holds this run, finished; ask for more --steps to go on with it")
+            return 0
+        check_start(trainer, about, out)
+        model = trainer.fit(args.minutes)
+        if team.rank == 0:
+            Model(model, about).save(out)
+            write_down(args, trainer, about, out, trainer.step - resumed, time.perf_counter() - start)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Draws samples into files; can be interrupted and shared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -90,18 +90,17 @@ def check_pictures(x: Float[Tensor, "b *d"], seeds: Int[Tensor, " b"], shape: Se
                                  + (", …" if len(bad) > 8 else "") + ": look at the denoiser at these seeds; nothing of their chunk was kept")  # fmt: skip
 
 
-def draw_missing(
-    parts: ChunkStore, safe: Bool[Tensor, " n"], rows: Callable, chunk: int, rank: int, world: int
-) -> None:
-    "Draw this process's chunks of which a picture is missing: each whole, so that all have one size, the last filled up with its last picture."
-    n, mine = parts.n, range(rank * chunk, parts.n, world * chunk)
+def missing(
+    n: int, safe: Bool[Tensor, " n"], chunk: int, rank: int, world: int
+) -> Iterator[tuple[Int[Tensor, " k"], Int[Tensor, " chunk"]]]:
+    "This process's chunks of which a picture is missing, with a progress bar: (which of them are missing, the numbers of all), each whole, so that all have one size, the last filled up with its last picture."
+    mine = range(rank * chunk, n, world * chunk)
     total, done = (sum(int(v[k : k + chunk].sum()) for k in mine) for v in (torch.ones_like(safe), safe))
     with tqdm(total=total, initial=done, desc="generating", unit="picture", delay=3, disable=rank > 0 or None) as bar:  # fmt: skip
         for k in mine:
             new = (~safe[k : k + chunk]).nonzero()[:, 0]
             if len(new):
-                i = torch.arange(k, k + chunk).clamp(max=n - 1)
-                parts.add({name: v.cpu()[new] for name, v in rows(i).items()})
+                yield new, torch.arange(k, k + chunk).clamp(max=n - 1)
                 bar.update(len(new))
 
 
@@ -131,9 +130,6 @@ def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[T
         check_cond(denoiser, n, cond)
     parts = ChunkStore(out, record(denoiser, sampler, ts, n, shape, cond or {}, first))
 
-    def rows(i):
-        return kept(denoiser, sampler, ts, i + first, shape, told(i), bytes=out.suffix != ".safetensors")
-
     with report_on_interrupt(parts.said):
         out.parent.mkdir(parents=True, exist_ok=True)
         with parts.lock:
@@ -146,7 +142,10 @@ def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[T
                 chunk = begin(parts, chunk, lambda: fitting_chunk(denoiser, sampler, ts, shape, told, share))
                 safe = parts.there()
         if not done:
-            draw_missing(parts, safe, rows, chunk, rank, world)
+            for new, i in missing(n, safe, chunk, rank, world):
+                x = draw(denoiser, sampler, ts, i + first, shape, rows := told(i))
+                check_pictures(x, i + first, shape)
+                parts.add(kept(x, i + first, rows, new, bytes=out.suffix != ".safetensors"))
         if team:
             dist.barrier()
         if not done and not (team and rank):
@@ -157,12 +156,9 @@ def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[T
     return done or (team and finished(parts))
 
 
-def kept(denoiser: Denoiser, sampler: Callable, ts: Tensor, seeds: Int[Tensor, " b"], shape: Sequence[int],
-         cond: dict[str, Tensor], bytes: bool) -> dict[str, Tensor]:  # fmt: skip
-    "Draw these seeds; what is kept of them, a row each: pictures (as bytes if asked), seeds and, where `y` is one integer each, labels."
-    x = draw(denoiser, sampler, ts, seeds, shape, cond)
-    check_pictures(x, seeds, shape)
+def kept(x: Float[Tensor, "b *shape"], seeds: Int[Tensor, " b"], cond: dict[str, Tensor], new: Int[Tensor, " k"], bytes: bool) -> dict[str, Tensor]:  # fmt: skip
+    "What is kept of the new ones among these pictures, a row each: pictures (as bytes if asked), seeds and, where `y` is one integer each, labels."
     found = dict(seeds=seeds, pictures=to_bytes(x) if bytes else x.float())
     if "y" in cond and cond["y"].ndim == 1 and not cond["y"].is_floating_point():
         found["labels"] = cond["y"].long()
-    return found
+    return {name: v.cpu()[new] for name, v in found.items()}

@@ -77,6 +77,7 @@ def vlb_weight(steps: int, var: Callable = fixed_small) -> Callable:
     return weight
 
 # %% ../../nbs/08_likelihood.ipynb #73c8d33b
+import math
 from collections.abc import Callable
 
 import torch
@@ -105,12 +106,16 @@ def discretised_log_prob(
     mean and std broadcast to x. The two outer bins reach to infinity: the masses of all levels add up to 1.
     """
     half = 1 / (levels - 1)
+    std = std.clamp(min=1e-6 * half)  # below it the mass is 0 or 1 all the same
     left, right = (x - half - mean) / std, (x + half - mean) / std
     left = torch.where(x < half - 1, right.clamp(max=0) - 100, left)  # 100 standard deviations: e^-5000
     right = torch.where(x > 1 - half, left.clamp(min=0) + 100, right)
     above = left + right > 0
     low, high = log_cdf(torch.where(above, -right, left)), log_cdf(torch.where(above, -left, right))
-    return high + (-torch.expm1(low - high)).log()
+    drop = torch.minimum(
+        low - high, -((2 / math.pi) ** 0.5) * 2 * half / std
+    )  # it is no less, which rounding forgets
+    return high + (-torch.expm1(drop)).log()
 
 # %% ../../nbs/08_likelihood.ipynb #282173f1
 def vlb_term(schedule: Schedule, pred: Prediction, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], steps: int, levels: int,

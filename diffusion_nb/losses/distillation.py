@@ -18,7 +18,7 @@ from ..guidance import CFG, check_same_schedule
 from .simple import truncated_snr
 from ..samplers.linear import ddim_step
 from ..schedules import Schedule
-from ..util.checks import expand_as
+from ..util.checks import cpu_only, expand_as
 
 # %% ../../nbs/17_distillation.ipynb #4cd9cc27
 def second_share(schedule: Schedule, t: Float[Tensor, "*b"], mid: Float[Tensor, "*b"], s: Float[Tensor, "*b"]):
@@ -40,9 +40,10 @@ def distill_target(teacher: Denoiser, x_t: Float[Tensor, "b *d"], t: Float[Tenso
     return torch.lerp(first.x0, second.x0, expand_as(second_share(teacher.schedule, t, mid, s), x_t))
 
 
+@cpu_only
 def check_times(t: Tensor, mid: Tensor, s: Tensor) -> None:
-    "Raise ValueError unless s < mid < t everywhere. (On a GPU nothing is checked: looking would stall it.)"
-    if t.device.type == "cpu" and not ((s < mid) & (mid < t)).all():
+    "Raise ValueError unless s < mid < t everywhere."
+    if not ((s < mid) & (mid < t)).all():
         raise ValueError(f"expected two steps down, t > mid > s; got t = {t}, mid = {mid}, s = {s}")
 
 # %% ../../nbs/17_distillation.ipynb #30a842ce
@@ -73,14 +74,14 @@ def distillation_loss(teacher: Denoiser, n: int, weight: Callable = truncated_sn
     return loss
 
 
+@cpu_only
 def check_student(student: Denoiser, teacher: Denoiser, t: Float[Tensor, "*b"], n: int) -> None:
-    "Raise ValueError unless both have one schedule and t is on the grid 1/n, …, 1. (Not checked on a GPU.)"
-    if t.device.type == "cpu":
-        check_same_schedule(teacher.schedule, student.schedule, "the student")
-        if not ((n * t - (n * t).round()).abs() < 1e-6).all():
-            raise ValueError(
-                f"t: a student of {n} steps learns at 1/{n}, …, 1 (time_sampler=chain_times({n})); got {t}"
-            )
+    "Raise ValueError unless both have one schedule and t is on the grid 1/n, …, 1."
+    check_same_schedule(teacher.schedule, student.schedule, "the student")
+    if not ((n * t - (n * t).round()).abs() < 1e-6).all():
+        raise ValueError(
+            f"t: a student of {n} steps learns at 1/{n}, …, 1 (time_sampler=chain_times({n})); got {t}"
+        )
 
 # %% ../../nbs/17_distillation.ipynb #2089a634
 def guided_loss(teacher: Denoiser, null: int, weight: Callable = truncated_snr) -> Callable:

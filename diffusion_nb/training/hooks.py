@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,20 +39,33 @@ def numbers(trainer: Trainer) -> dict[str, float]:
     return row
 
 
+def row_of(line: bytes) -> dict | None:
+    "The row in a line of a log; None where it holds none."
+    try:
+        row = dict(json.loads(line))
+        row["step"] + 0
+    except (ValueError, TypeError, KeyError):
+        return None
+    return row
+
+
 def read_rows(path: Path | str) -> list[dict]:
-    "The rows of a file that `JsonLogger` wrote, without a last line that was cut short. Raises ValueError for any other line that is no row."
-    rows, lines, opening = [], Path(path).read_bytes().split(b"\n"), b'{"step": '
-    for i, line in enumerate(lines):
-        try:
-            row = dict(json.loads(line))
-            row["step"] + 0
-            rows.append(row)
-        except (ValueError, TypeError, KeyError):
-            if i < len(lines) - 1 or line[: len(opening)] != opening[: len(line)]:
-                raise ValueError(
-                    f"{path}: line {i + 1} is no row of a log: expected a JSON object with a step; name another file, or move this one away"
-                ) from None
-    return rows
+    """The rows of a file that `JsonLogger` wrote, without a last line that was cut short; damaged lines are named in a warning and left out.
+
+    Raises ValueError for a file that does not begin with a row: it is no log.
+    """
+    *lines, last = Path(path).read_bytes().split(b"\n")
+    rows = [row_of(line) for line in lines]
+    begins, opening = rows[0] if rows else None, b'{"step": '
+    if begins is None and (lines or last[: len(opening)] != opening[: len(last)]):
+        raise ValueError(
+            f"{path} is no log: expected a JSON object with a step in its first line; name another file, or move this one away"
+        )
+    if damaged := [str(i) for i, row in enumerate(rows, 1) if row is None]:
+        warnings.warn(
+            f"{path}: of {len(rows)} lines these are damaged, and left out: {', '.join(damaged)}", stacklevel=3
+        )
+    return [row for row in (*rows, row_of(last)) if row is not None]
 
 
 class JsonLogger:
@@ -59,7 +73,7 @@ class JsonLogger:
 
     path: the file. Where it exists, rows later than the step at which the training goes on are dropped first, and so is a torn last line: a run
     that was killed and resumed holds each step once. `seconds` counts from the making of this hook. Numbers that are not finite are null.
-    Raises ValueError where the file holds something else.
+    Damaged lines are left out with a warning. Raises ValueError where the file is no log.
     """
 
     def __init__(self, path: Path | str):

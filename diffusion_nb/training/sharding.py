@@ -30,18 +30,19 @@ def shard_module(module: nn.Module, least: int = 2**20) -> None:
 
 
 class Objective(nn.Module):
-    "The loss of a denoiser as a module, which is what PyTorch's wrappers for many processes wrap."
+    "A loss of a denoiser as a module, which is what PyTorch's wrappers for many processes wrap."
 
-    def __init__(self, denoiser: Denoiser, loss: Callable):
+    def __init__(self, denoiser: Denoiser):
         super().__init__()
-        self.denoiser, self.loss = denoiser, loss
+        self.denoiser = denoiser
 
-    def forward(self, x0, t, eps, **cond):
-        return self.loss(self.denoiser, x0, t, eps, **cond)
+    def forward(self, loss, x0, t, eps, **cond):
+        return loss(self.denoiser, x0, t, eps, **cond)
 
 
-def share_work(model: nn.Module, shard: bool) -> tuple[nn.Module, Callable[[bool], None]]:
-    "The model as one of all processes, and what says whether they exchange gradients in the next backward pass."
+def share_work(denoiser: Denoiser, shard: bool) -> tuple[nn.Module | None, Callable[[bool], None]]:
+    "(loss, x0, t, eps, **cond) ↦ the loss, of all processes together, and what says whether they exchange gradients in the next backward pass; None for one process alone."
+    model = Objective(denoiser)
     if shard:
         if not dist.is_initialized():
             raise ValueError(
@@ -50,7 +51,7 @@ def share_work(model: nn.Module, shard: bool) -> tuple[nn.Module, Callable[[bool
         shard_module(model)
         return model, model.set_requires_gradient_sync
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return model, lambda last: None
+        return None, lambda last: None
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PyTorch 2.14 renames the option
         model = DistributedDataParallel(model, broadcast_buffers=False)
     return model, partial(setattr, model, "require_backward_grad_sync")

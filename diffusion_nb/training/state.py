@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from diffusion_nb.denoisers import Denoiser
-from diffusion_nb.training.sharding import Objective, shard_module, share_work, whole
+from diffusion_nb.training.sharding import shard_module, share_work, whole
 from diffusion_nb.util.storage import check_fits, own_tensors
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")
@@ -28,11 +29,11 @@ class State:
 
     Parameters
     ----------
-    denoiser: trained in place. loss: as `denoising_loss`. memory: {name: module} of what else has buffers that change.
+    denoiser: trained in place. memory: {name: module} of what else has buffers that change.
     shard: divide the weights among the processes. skip: leave out, and count, steps whose gradient is not finite.
     """
 
-    def __init__(self, denoiser: Denoiser, loss: Callable, *, lr: float, betas: tuple[float, float], memory: dict[str, nn.Module],
+    def __init__(self, denoiser: Denoiser, *, lr: float, betas: tuple[float, float], memory: dict[str, nn.Module],
                  device: torch.device, compile: bool, shard: bool, skip: bool):  # fmt: skip
         on_gpu, self.skip, self.shard = device.type == "cuda", skip, shard
         layout = torch.channels_last if on_gpu else torch.preserve_format
@@ -41,7 +42,7 @@ class State:
         self.result = copy.deepcopy(self.average).cpu() if shard else self.average
         if compile:
             denoiser.compile()
-        self.model, self.sync = share_work(Objective(denoiser, loss), shard)
+        self.model, self.sync = share_work(denoiser, shard)
         if shard:
             shard_module(self.average)
         self.params, self.averages = (list(m.parameters()) for m in (denoiser, self.average))
@@ -52,6 +53,10 @@ class State:
             self.optimizer.state[p] = {"step": torch.zeros((), device=device)} | moments
         self.memory = {of: m.to(device) for of, m in memory.items()}
         self.skipped = torch.zeros((), device=device)
+
+    def objective(self, loss: Callable) -> Callable:
+        "(x0, t, eps, **cond) ↦ the loss of this denoiser, whose gradients all processes share."
+        return partial(self.model, loss) if self.model else partial(loss, self.denoiser)
 
     def update(self, lr: float, clip: float, decay: float) -> None:
         "One step of the optimiser along the gradients that are there, and of the average."

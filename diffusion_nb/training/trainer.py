@@ -79,7 +79,7 @@ class Trainer:
         self.batches = Batches(x0, denoiser, batch=batch, cond=cond or {}, null=null, cond_dropout=cond_dropout, apart=apart, time_sampler=time_sampler,
                                augment=augment, seed=seed, device=self.device, rank=self.rank, world=self.world, accumulate=accumulate, workers=workers)  # fmt: skip
         self.names, self.step, self.losses = dict(network=network_hash(denoiser), loss=name_of(loss)), 0, []
-        self.state = State(denoiser, lambda *a, **kw: self.loss(*a, **kw), lr=lr(0), betas=betas, memory=with_memory(time_sampler, hooks),
+        self.state = State(denoiser, lr=lr(0), betas=betas, memory=with_memory(time_sampler, hooks),
                            device=self.device, compile=compile, shard=shard, skip=skip)  # fmt: skip
         self.denoiser, self.average = self.state.denoiser, self.state.average
         self.checkpoints = checkpoint and Checkpoints(checkpoint, keep_checkpoints)
@@ -89,12 +89,12 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         "One step; returns the loss of this process's pictures without waiting for it."
-        total, places = 0.0, self.batches.places
+        total, places, objective = 0.0, self.batches.places, self.state.objective(self.loss)
         for i, (x0, t, eps, cond) in zip(places, self.batches(self.step), strict=True):
             reseed(self.device, self.step + 2**32 * i)  # for dropout
             self.state.sync(i == places[-1])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                loss = self.state.model(x0, t, eps, **cond).mean() / self.accumulate
+                loss = objective(x0, t, eps, **cond).mean() / self.accumulate
             loss.backward()
             total = total + loss.detach()
         decay = min(self.ema, (1 + self.step) / (10 + self.step))  # short memory at first

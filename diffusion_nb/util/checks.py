@@ -1,5 +1,6 @@
 """Checks of arguments, with errors that say what was expected."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from numbers import Real
@@ -18,9 +19,26 @@ def expand_as(a: Tensor, x: Tensor) -> Tensor:
     return a.to(x.dtype).reshape(a.shape + (1,) * (x.ndim - 1)) if a.ndim else a.to(x.dtype)
 
 
+def cpu_only(check: Callable) -> Callable:
+    "A check of the values of tensors, made where looking costs nothing: not on a GPU, which it would stall, and not while compiling."
+
+    @functools.wraps(check)
+    def guarded(*args):
+        if not torch.compiler.is_compiling() and all(
+            a.device.type == "cpu" for a in args if isinstance(a, Tensor)
+        ):
+            check(*args)
+
+    return guarded
+
+
+GUARDED = cpu_only(print).__code__  # the code of all of them
+
+
+@cpu_only
 def check_time(t: Tensor) -> None:
-    "Raise ValueError unless every t is in [0, 1]. (On a GPU nothing is checked: looking would stall it.)"
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+    "Raise ValueError unless every t is in [0, 1]."
+    if t.numel():
         t = t.detach()
         low, high = (float(v) for v in (t.aminmax() if t.ndim else (t, t)))
         if not 0 <= low <= high <= 1:
@@ -29,23 +47,26 @@ def check_time(t: Tensor) -> None:
             )
 
 
+@cpu_only
 def check_order(s: Tensor, t: Tensor) -> None:
-    "Raise ValueError unless s < t in each step. (On a GPU nothing is checked: looking would stall it.)"
-    if (
-        (s.device.type, t.device.type) == ("cpu", "cpu")
-        and not torch.compiler.is_compiling()
-        and not (s < t).all()
-    ):
+    "Raise ValueError unless s < t in each step."
+    if not (s < t).all():
         raise ValueError(
             f"expected s < t everywhere, time running from noise at 1 to data at 0; got s = {s}, t = {t}"
         )
 
 
 def check_labels(y: Tensor, classes: int) -> None:
-    "Raise ValueError unless y holds integers from 0 to `classes`, the last of which means any. (Not checked on a GPU.)"
+    "Raise ValueError unless y holds integers from 0 to `classes`, the last of which means any. (The values are not looked at on a GPU.)"
     if y.is_floating_point():
         raise ValueError(f"y: expected integer labels; got {y.dtype}")
-    if y.device.type == "cpu" and not torch.compiler.is_compiling() and ((y < 0) | (y > classes)).any():
+    check_range(y, classes)
+
+
+@cpu_only
+def check_range(y: Tensor, classes: int) -> None:
+    "Raise ValueError unless y is from 0 to `classes`, the last of which means any."
+    if ((y < 0) | (y > classes)).any():
         raise ValueError(
             f"y: expected labels from 0 to {classes - 1}, or {classes} for any; got {y.min()} to {y.max()}"
         )

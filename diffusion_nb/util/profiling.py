@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion_nb.util.checks import default_device
+from diffusion_nb.util.checks import GUARDED, default_device
 
 
 def largest_that_fits(attempt: Callable[[int], object], n: int) -> int:
@@ -81,11 +81,11 @@ OWN = ("__torch_dispatch__", "__torch_function__", "note")
 
 
 def caller() -> str | None:
-    "The line at work, 'function, file:line', outside PyTorch and this counter; None if a function named check_… asked."
+    "The line at work, 'function, file:line', outside PyTorch and this counter; None in a check that is skipped on a GPU."
     frame, place, torch_home = sys._getframe(2), None, str(Path(torch.__file__).parent)
     while frame:
         name, file = frame.f_code.co_name, frame.f_code.co_filename
-        if name.lstrip("_").startswith("check_"):
+        if frame.f_code is GUARDED:
             return None
         if not (place or name in OWN or file.startswith(torch_home)):
             place = f"{name}, {Path(file).name}:{frame.f_lineno}"
@@ -101,7 +101,7 @@ def waits(name: str, args: tuple) -> bool:
 
 class HostSyncs:
     """Inside `with HostSyncs() as syncs`, counts on any device what would make the host wait for a GPU: reading numbers off tensors, making
-    tensors of Python's numbers, and selecting by a mask. `syncs.places`: how often which line did; functions named check_… are left out,
+    tensors of Python's numbers, and selecting by a mask. `syncs.places`: how often which line did; checks that are `cpu_only` are left out,
     since they skip a GPU. `x.to("cpu")` is not seen: on a CPU nothing happens.
     """
 

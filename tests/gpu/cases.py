@@ -276,11 +276,7 @@ def trainer(given: Task, device: torch.device = DEVICE, compile: bool = False, *
 
 # what is measured
 
-AT_HOME = (
-    "grid, ",
-    "below, ",
-    "index, ",
-)  # of time_samplers: they look at what is on the CPU with a GPU, too, or only without one
+AT_HOME = ("grid, ",)  # of time_samplers: it looks at what is on the CPU with a GPU, too
 
 
 class Watch:
