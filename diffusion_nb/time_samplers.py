@@ -150,6 +150,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .schedules import Schedule
+from .util.checks import cpu_only
 
 # %% ../nbs/18_consistency.ipynb #2f89eb39
 def constant_levels(ts: Float[Tensor, " n+1"]) -> Callable[[int], Tensor]:

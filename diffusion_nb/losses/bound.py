@@ -106,6 +106,7 @@ def discretised_log_prob(
     mean and std broadcast to x. The two outer bins reach to infinity: the masses of all levels add up to 1.
     """
     half = 1 / (levels - 1)
+    std = std if isinstance(std, Tensor) else x.new_tensor(std)
     std = std.clamp(min=1e-6 * half)  # below it the mass is 0 or 1 all the same
     left, right = (x - half - mean) / std, (x + half - mean) / std
     left = torch.where(x < half - 1, right.clamp(max=0) - 100, left)  # 100 standard deviations: e^-5000
