@@ -10,10 +10,12 @@ import hypothesis
 import pytest
 import zmq
 from jupyter_client.manager import KernelManager
+from jupyter_client.provisioning import LocalProvisioner
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell
 
 from diffusion_nb.util.allocator import keep_freed_memory
+from tools.kernels import launch
 from tools.printed import Printed
 
 # One thread for each of the two workers; kernels inherit this, and the rest. `make test-anywhere` asks for others.
@@ -104,6 +106,7 @@ def pytest_configure():
     import nbval.plugin
 
     nbval.plugin.RunningKernel, nbval.kernel.KernelManager = Kernel, Manager
+    LocalProvisioner.launch_kernel = launch
 
 
 LONG = ("test_resume", "07_ddpm", "test_docs", "18_consistency", "11_ddim", "15_analytic", "10_sde", "28_runs")

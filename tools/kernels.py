@@ -1,0 +1,61 @@
+"""Processes that are forked off one which has imported everything: starting Python and importing PyTorch takes seconds, each time.
+
+The suite starts thirty kernels, and trainings that are killed. `LocalProvisioner.launch_kernel = launch` has Jupyter's kernels made so.
+"""
+
+import multiprocessing
+import os
+import sys
+
+from jupyter_client.provisioning import LocalProvisioner
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["diffusion_nb.cli.main", "diffusion_nb.cli.train", "diffusion_nb.cli.sample", "diffusion_nb.recipes.vdm", "diffusion_nb.training.hooks",
+                               "diffusion_nb.training.ema", "diffusion_nb.generation.generate", "diffusion_nb.book.claims", "sklearn.datasets", "sklearn.model_selection",
+                               "torch._dynamo", "torchdiffeq", "sympy", "scipy.integrate", "matplotlib.pyplot", "matplotlib.animation", "matplotlib_inline.backend_inline",
+                               "ipykernel.kernelapp", "ipykernel.ipkernel", "ipywidgets", "tqdm.auto"])  # fmt: skip
+
+
+def run_kernel(argv: list[str], cwd: str, env: dict[str, str]) -> None:
+    "A kernel, in a forked process."
+    from ipykernel.kernelapp import IPKernelApp
+
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["ipykernel_launcher", *argv]
+    IPKernelApp.launch_instance(argv)
+
+
+class Forked:
+    "A process of multiprocessing, as `subprocess.Popen` would show it."
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, process):
+        self.process, self.pid = process, process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+
+async def launch(self: LocalProvisioner, cmd: list[str], **kwargs) -> dict:
+    "In place of `LocalProvisioner.launch_kernel`."
+    cwd = kwargs.get("cwd") or os.getcwd()
+    process = SERVER.Process(target=run_kernel, args=(cmd[3:], str(cwd), dict(kwargs.get("env") or os.environ)))
+    process.start()
+    self.process, self.pid, self.cwd = Forked(process), process.pid, cwd
+    return self.connection_info
