@@ -8,7 +8,7 @@ import sys
 
 from common import report, seconds
 
-MODULES = "core data forward posterior denoiser nets.unet samplers.ddpm training".split()
+EVERYTHING = "import torch, diffusion_nb as dn; [getattr(dn, name) for name in dn.__all__]"
 
 
 def python(code):
@@ -16,11 +16,10 @@ def python(code):
 
 
 def main():
-    everything = "; ".join(f"import diffusion_nb.{m}" for m in MODULES)
     times = seconds({
         "torch": python("import torch"),
         "diffusion_nb": python("import torch, diffusion_nb"),
-        "every module of diffusion_nb": python(f"import torch; {everything}"),
+        "every name of diffusion_nb": python(EVERYTHING),
     }, rounds=6)  # fmt: skip
     base = times.pop("torch")
     added = {f"added by {name}": round(s - base, 3) for name, s in times.items()}

@@ -18,7 +18,7 @@ from filelock import FileLock
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from diffusion_nb.recipes.diffusion import Recipe, chosen
+from diffusion_nb.recipes.diffusion import Recipe, chosen, chosen_network
 from diffusion_nb.util.storage import project_root, shipped, user_folder, write_atomically
 
 
@@ -108,8 +108,8 @@ def fingerprint(*objects) -> str:
 
 def made_of(make: Callable, recipe) -> str:
     "The fingerprint of what makes an artifact: `make`, and of the tables of schedules and targets what the recipe names, so that one more in a table changes nothing."
-    named = chosen(recipe) if isinstance(recipe, Recipe) else ()
-    return fingerprint(make, type(recipe), *named)
+    r = recipe if isinstance(recipe, Recipe) else Recipe()  # the other experiments start from the digits' model
+    return fingerprint(make, type(recipe), chosen_network(r), *chosen(r))
 
 
 def as_plain(recipe) -> dict:

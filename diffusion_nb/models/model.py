@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_nb.denoisers import DenoiserConsistency
-from diffusion_nb.recipes.diffusion import Recipe, UNetRecipe, recipe_denoiser
+from diffusion_nb.recipes.diffusion import NetRecipe, Recipe, recipe_denoiser
 from diffusion_nb.recipes.settings import typed
 from diffusion_nb.recipes.vdm import VDMRecipe, vdm_denoiser
 from diffusion_nb.util.checks import check_numbers
@@ -28,7 +28,7 @@ class About:
     "What model.json says: the family, the recipe of the network, the shape and grey levels of its pictures, of a student its steps, and the weights from which its training started, if not from fresh ones."
 
     family: str
-    recipe: UNetRecipe
+    recipe: NetRecipe
     shape: tuple[int, int, int]
     levels: int = 256
     steps: int = 0

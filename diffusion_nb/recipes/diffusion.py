@@ -27,6 +27,23 @@ TARGETS = {
 }  # what to predict, and the weight that makes it plain
 
 
+def unet(r: "NetRecipe", channels: int, **options) -> nn.Module:
+    return UNet(
+        channels,
+        r.width,
+        r.mults,
+        r.blocks,
+        r.attention,
+        classes=r.classes,
+        dropout=r.dropout,
+        patch=r.patch,
+        **options,
+    )
+
+
+NETWORKS = {"unet": unet}  # (recipe, channels, **options) ↦ the fresh network
+
+
 @dataclass(frozen=True)
 class Training:
     "How a network is trained. Raises ValueError for numbers that cannot be meant."
@@ -65,10 +82,11 @@ class Training:
 
 
 @dataclass(frozen=True)
-class UNetRecipe(Training):
-    "A U-Net for a data set, and its training."
+class NetRecipe(Training):
+    "A network for a data set, and its training."
 
     data: str = "digits"
+    net: Literal[*NETWORKS] = "unet"
     width: int = 16
     mults: tuple[int, ...] = (1, 2)
     blocks: int = 1
@@ -83,12 +101,11 @@ class UNetRecipe(Training):
             width=(self.width, 1), blocks=(self.blocks, 1), classes=(self.classes, 0), patch=(self.patch, 1)
         )
 
-    def unet(self, channels: int, **options) -> nn.Module:
+    def network(self, channels: int, **options) -> nn.Module:
         "The fresh network, from the recipe's seed."
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return UNet(channels, self.width, self.mults, self.blocks, self.attention, classes=self.classes, dropout=self.dropout,
-                        patch=self.patch, **options)  # fmt: skip
+            return chosen_network(self)(self, channels, **options)
 
     def labelled(self, y: Tensor | None) -> dict:
         "The labels as a `Trainer` takes them, if the network knows any; y: None where they come with the pictures."
@@ -96,12 +113,17 @@ class UNetRecipe(Training):
 
 
 @dataclass(frozen=True)
-class Recipe(UNetRecipe):
+class Recipe(NetRecipe):
     "A diffusion model: its network, schedule, target and training. flip: 1 to mirror half of the pictures."
 
-    schedule: Literal["cosine", "linear"] = "cosine"
-    target: Literal["eps", "v"] = "v"
+    schedule: Literal[*SCHEDULES] = "cosine"
+    target: Literal[*TARGETS] = "v"
     flip: int = 0
+
+
+def chosen_network(r: NetRecipe) -> Callable:
+    "What makes the network of a recipe."
+    return NETWORKS[r.net]
 
 
 def chosen(r: Recipe) -> tuple[Callable, Callable, Callable]:
@@ -117,7 +139,7 @@ def recipe(name: str) -> Recipe:
 def recipe_denoiser(r: Recipe, shape: Sequence[int]) -> NetDenoiser:
     "The fresh network of a recipe, for pictures of this shape."
     schedule, predict, _ = chosen(r)
-    return NetDenoiser(r.unet(shape[0]), schedule(), predict)
+    return NetDenoiser(r.network(shape[0]), schedule(), predict)
 
 
 def recipe_trainer(

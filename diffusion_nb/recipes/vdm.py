@@ -9,14 +9,14 @@ from diffusion_nb.denoisers import NetDenoiser, TimeWarped, predict_eps
 from diffusion_nb.likelihood.bits import check_levels
 from diffusion_nb.losses.vdm import vdm_loss
 from diffusion_nb.nets.conditioning import FourierFeatures, GammaConditioning
-from diffusion_nb.recipes.diffusion import UNetRecipe
+from diffusion_nb.recipes.diffusion import NetRecipe
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.schedules import LearnedSchedule
 from diffusion_nb.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class VDMRecipe(UNetRecipe):
+class VDMRecipe(NetRecipe):
     """A model on a learned schedule, γ = -log SNR from `first` to `last`, both learned.
 
     exponents: of the Fourier features; soft_steps: the width of the monotone network; levels: grey levels.
@@ -39,7 +39,7 @@ def vdm_recipe(name: str) -> VDMRecipe:
 def vdm_denoiser(r: VDMRecipe, shape: Sequence[int]) -> TimeWarped:
     "The fresh model of a recipe, for pictures of this shape: a network told γ, with Fourier features, on a learned clock."
     channels, schedule = shape[0], LearnedSchedule(r.first, r.last, r.soft_steps)
-    net, line = r.unet(channels * (1 + 2 * len(r.exponents)), channels_out=channels), schedule.schedule
+    net, line = r.network(channels * (1 + 2 * len(r.exponents)), channels_out=channels), schedule.schedule
     return TimeWarped(
         NetDenoiser(FourierFeatures(net, r.exponents), line, predict_eps, c_noise=GammaConditioning(line)),
         schedule.warp,

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from diffusion_nb.denoisers import Denoiser
 from diffusion_nb.training.hooks import check_every
 from diffusion_nb.training.sharding import whole
+from diffusion_nb.training.state import by_dtype
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.storage import check_fits, load_tensors, save_tensors
 
@@ -107,7 +108,8 @@ class PowerEMA(nn.Module):
             )
         values = [whole(v) for v in now.values()]
         for s, gamma in self.widths.items():
-            torch._foreach_lerp_([*self.average(s).values()], values, 1 - power_decay(gamma, trainer.step))
+            for averages, parts in by_dtype([*self.average(s).values()], values):
+                torch._foreach_lerp_(averages, parts, 1 - power_decay(gamma, trainer.step))
         if self.folder and not trainer.rank and (trainer.step % self.every == 0 or trainer.step == trainer.steps):
             for s in self.widths:
                 about = dict(step=str(trainer.step), sigma_rel=repr(s))

@@ -22,6 +22,14 @@ from diffusion_nb.util.storage import check_fits, own_tensors
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
+def by_dtype(*lists: list[Tensor]) -> list[tuple[tuple[Tensor, ...], ...]]:
+    "The lists, parted by dtype: an operation on many tensors at once goes through mixed ones one by one."
+    rows = {}
+    for row in zip(*lists, strict=True):
+        rows.setdefault(row[0].dtype, []).append(row)
+    return [tuple(zip(*alike, strict=True)) for alike in rows.values()]
+
+
 class State:
     """A network in training, its average, its optimiser.
 
@@ -51,7 +59,7 @@ class State:
         for p in self.params:  # made now, so that memory runs out at once if it does
             moments = {name: torch.zeros_like(p, requires_grad=False) for name in ADAM[1:]}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device)} | moments
-        self.memory = {of: m.to(device) for of, m in memory.items()}
+        self.memory = {of: m.to(device, memory_format=layout) for of, m in memory.items()}
         self.skipped = torch.zeros((), device=device)
 
     def objective(self, loss: Callable) -> Callable:
@@ -69,7 +77,8 @@ class State:
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.params, 1 - decay)
+            for averages, params in by_dtype(self.averages, self.params):
+                torch._foreach_lerp_(averages, params, 1 - decay)
             if self.buffers:
                 torch._foreach_copy_(self.average_buffers, self.buffers)
 
