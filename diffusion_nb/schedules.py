@@ -143,11 +143,12 @@ class VESchedule(Schedule):
 
 # %% ../nbs/02_forward.ipynb #de60d186
 class EDMSchedule(Schedule):
-    "alpha = 1 and sigma^(1/rho) linear from `smallest` to `largest`. (Karras et al. 2022, eq. 5)"
+    "alpha = 1 and sigma^(1/rho) linear from `smallest`, which may be 0, to `largest`: `edm_grid` on it is EDM's own grid. (Karras et al. 2022, eq. 5)"
 
-    def __init__(self, smallest: float = 0.002, largest: float = 80.0, rho: float = 7.0):
+    def __init__(self, smallest: float = 0.0, largest: float = 80.0, rho: float = 7.0):
         super().__init__()
-        _check_rising(smallest, largest)
+        if not 0 <= smallest < largest:
+            raise ValueError(f"expected 0 <= {smallest:g} < {largest:g}, so that noise grows with time")
         self.smallest, self.largest, self.rho = smallest, largest, rho
 
     def coefficients(self, t):

@@ -89,11 +89,11 @@ def test_a_bound_on_the_log_snr_is_positive(bound):
         CosineSchedule(bound)
 
 
-@pytest.mark.parametrize("kind", [VPSchedule, VESchedule, EDMSchedule])
-@pytest.mark.parametrize("ends", [(1.0, 1.0), (0.0, 1.0), (2.0, 1.0)])
-def test_noise_grows_with_time(kind, ends):
+@pytest.mark.parametrize("kind, low", [(VPSchedule, 0.0), (VESchedule, 0.0), (EDMSchedule, -0.1)])
+@pytest.mark.parametrize("ends", [(1.0, 1.0), (None, 1.0), (2.0, 1.0)])
+def test_noise_grows_with_time(kind, low, ends):
     with refused("noise grows with time"):
-        kind(*ends)
+        kind(low if ends[0] is None else ends[0], ends[1])
 
 
 def test_the_message_names_the_worst_times():

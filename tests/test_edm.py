@@ -6,6 +6,7 @@ from diffusers import EDMEulerScheduler
 from torch import nn
 
 from diffusion_nb.denoisers import NetDenoiser, edm_input, edm_time, predict_edm, predict_v
+from diffusion_nb.grids import edm_grid
 from diffusion_nb.noise import Noise
 from diffusion_nb.schedules import CosineSchedule, EDMSchedule, VPSchedule
 from diffusion_nb.time_samplers import log_normal_times
@@ -58,3 +59,12 @@ def test_log_sigma_is_normal(schedule):
     log = (sigma / alpha).log()
     assert log.mean().item() == pytest.approx(-1.0, abs=1e-3) and log.std().item() == pytest.approx(0.8, rel=2e-3)
     assert (t.diff() > 0).all()
+
+
+def test_edms_grid_on_edms_schedule():
+    "Equation 5 of Karras et al. 2022: 80 to 0.002, then 0."
+    i = torch.arange(18, dtype=torch.float64)
+    want = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    alpha, sigma = EDMSchedule()(edm_grid(EDMSchedule(), 18, 0.002, 80.0))
+    torch.testing.assert_close(sigma, torch.cat([want, torch.zeros(1, dtype=torch.float64)]), rtol=1e-12, atol=0)
+    assert (alpha == 1).all()

@@ -31,7 +31,7 @@ SCHEDULES = {
     "chain": CHAIN,
     "vp": VPSchedule(),
     "ve": VESchedule(),
-    "edm": EDMSchedule(),
+    "edm": EDMSchedule(0.002),
     "cosine": CosineSchedule(),
 }
 every = pytest.mark.parametrize("name", SCHEDULES)

@@ -291,7 +291,7 @@ def test_time_at_is_the_inverse():
     for schedule in SCHEDULES.values():
         torch.testing.assert_close(time_at(schedule, schedule.logsnr(t)), t, rtol=0, atol=1e-9)
         assert time_at(schedule, torch.tensor([-1e3, 1e3])).tolist()[0] == 1.0
-    assert time_at(EDMSchedule(), torch.tensor(1e3)) == 0
+    assert time_at(EDMSchedule(0.002), torch.tensor(1e3)) == 0
 
 
 def test_ode_steps_compose_while_the_guess_is_held():
@@ -331,7 +331,7 @@ def test_bad_options():
         dpmpp_2m_sde(best, NOISE(0), time_grid(5))
     for smallest, largest in ((0.001, 80), (0.01, 81), (3, 2)):
         with pytest.raises(ValueError, match="the range of sigma/alpha"):
-            edm_grid(EDMSchedule(), 5, smallest, largest)
+            edm_grid(EDMSchedule(0.002), 5, smallest, largest)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import sys
 
 from jupyter_client.provisioning import LocalProvisioner
 
+# Not matplotlib.pyplot: it arranges with a running IPython, when it is imported, that figures are shown.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["diffusion_nb.cli.main", "diffusion_nb.cli.train", "diffusion_nb.cli.sample", "diffusion_nb.recipes.vdm", "diffusion_nb.training.hooks",
                                "diffusion_nb.training.ema", "diffusion_nb.generation.generate", "diffusion_nb.book.claims", "sklearn.datasets", "sklearn.model_selection",
-                               "torch._dynamo", "torchdiffeq", "sympy", "scipy.integrate", "matplotlib.pyplot", "matplotlib.animation", "matplotlib_inline.backend_inline",
+                               "torch._dynamo", "torchdiffeq", "sympy", "scipy.integrate", "matplotlib.figure", "matplotlib.backends.backend_agg",
                                "ipykernel.kernelapp", "ipykernel.ipkernel", "ipywidgets", "tqdm.auto"])  # fmt: skip
 
 
