@@ -10,7 +10,7 @@ __version__ = "0.0.1"
 FACE = {
     "noise": "Noise",
     "schedules": "Schedule DDPMSchedule VPSchedule CosineSchedule VESchedule EDMSchedule LearnedSchedule linear_betas cosine_betas",
-    "grids": "time_grid quadratic_grid logsnr_grid edm_grid truncated_grid",
+    "grids": "time_grid quadratic_grid logsnr_grid edm_grid truncated_grid respaced_grid strided_grid",
     "time_samplers": "continuous_times chain_times log_normal_times LossSecondMomentSampler LevelSampler",
     "forward": "q_sample q_step q_posterior posterior_steps",
     "denoisers": "Denoiser NetDenoiser Prediction Clip Consistency predict_x0 predict_eps predict_v predict_score predict_edm edm_input edm_time",

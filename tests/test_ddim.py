@@ -1,5 +1,6 @@
 """DDIM: the same states as diffusers at every step, the marginals, there and back, bad input."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -7,7 +8,7 @@ from diffusers import DDIMScheduler
 from diffusion_nb.book.claims import monte_carlo
 from diffusion_nb.denoisers import Clip, Denoiser, Prediction
 from diffusion_nb.forward import posterior_steps, q_sample
-from diffusion_nb.grids import logsnr_grid, quadratic_grid, time_grid
+from diffusion_nb.grids import logsnr_grid, quadratic_grid, respaced_grid, strided_grid, time_grid
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
 from diffusion_nb.noise import Noise
 from diffusion_nb.samplers.linear import ddim, ddpm, invert, slerp
@@ -254,6 +255,25 @@ def test_grids(name, n):
     gaps = schedule.logsnr(ts[:-1]).diff()
     torch.testing.assert_close(gaps, gaps.mean().expand(n - 1), rtol=1e-8, atol=1e-8)
     assert quadratic_grid(4).tolist() == [1, 0.5625, 0.25, 0.0625, 0]
+
+
+@pytest.mark.parametrize("T, n", [(1000, 25), (1000, 1), (4000, 50), (100, 100), (10, 3)])
+def test_grids_of_the_published_programs(T, n):
+    "Evenly from the first step to the last, as diffusers' spacing `linspace`; every k-th from the first, as `leading`."
+    both_ends = [int(v) + 1 for v in np.linspace(0, T - 1, n).round()][::-1]
+    assert (T * respaced_grid(T, n)).round().int().tolist() == [*both_ends, 0]
+    parts = (T * respaced_grid(T, 1, 2, 2)).round().int().tolist()
+    assert parts == sorted(set(parts), reverse=True) and len(parts) == 6 and parts[-2:] == [1, 0] and parts[0] == T
+    if T % n == 0:
+        leading = [k * (T // n) + 1 for k in range(n)][::-1]
+        assert (T * strided_grid(T, n)).round().int().tolist() == [*leading, 0]
+
+
+def test_grids_that_there_are_not():
+    with pytest.raises(ValueError, match="expected 1 to 5 steps in a stretch of 5 of T = 10; got 6"):
+        respaced_grid(10, 5, 6)
+    with pytest.raises(ValueError, match="no whole stride takes 300 of 1000 steps"):
+        strided_grid(1000, 300)
 
 
 def test_slerp():
