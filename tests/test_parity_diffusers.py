@@ -7,7 +7,7 @@ from diffusers.schedulers import scheduling_ddpm
 
 from diffusion_nb.denoisers import Prediction
 from diffusion_nb.forward import posterior_steps, q_posterior, q_sample
-from diffusion_nb.nets.unet import UNet, parameters
+from diffusion_nb.nets.unet import ADM, IMPROVED, UNet, cos_first_embedding, parameters
 from diffusion_nb.noise import Noise
 from diffusion_nb.schedules import DDPMSchedule, cosine_betas, linear_betas
 from diffusion_nb.util.checks import expand_as
@@ -172,10 +172,22 @@ def names(levels: int, layers: int, attention: tuple[int, ...], theirs: set[str]
             layer[f"{a}.qkv"] = [f"{b}.to_q", f"{b}.to_k", f"{b}.to_v"]
         else:
             layer[a] = [b]
-    return {f"{a}.{p}": [f"{them}.{p}" for them in b] for a, b in layer.items() for p in ("weight", "bias")}
+    table = {f"{a}.{p}": [f"{them}.{p}" for them in b] for a, b in layer.items() for p in ("weight", "bias")}
+    return table | ({"label.weight": ["class_embedding.weight"]} if "class_embedding.weight" in theirs else {})
 
 
-def both(channels: tuple[int, ...], layers: int, attention: tuple[int, ...]) -> tuple[UNet, UNet2DModel]:
+DDPM = dict(downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
+OTHER = dict(
+    downsample_padding=1,
+    flip_sin_to_cos=True,
+    freq_shift=0,
+    norm_eps=1e-5,
+    num_class_embeds=7,
+    attention_head_dim=32,
+)
+
+
+def both(channels: tuple[int, ...], layers: int, attention: tuple[int, ...], conventions: dict = DDPM, **options) -> tuple[UNet, UNet2DModel]:  # fmt: skip
     "Our network and theirs with the same weights, in float64."
     levels = len(channels)
     down = ["AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(levels)]
@@ -184,8 +196,8 @@ def both(channels: tuple[int, ...], layers: int, attention: tuple[int, ...]) -> 
         torch.manual_seed(0)
         theirs = UNet2DModel(
             sample_size=32, layers_per_block=layers, block_out_channels=channels, down_block_types=down,
-            up_block_types=up, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6,
-            norm_num_groups=32, act_fn="silu", attention_head_dim=None, time_embedding_type="positional",
+            up_block_types=up, norm_num_groups=32, act_fn="silu", time_embedding_type="positional",
+            **{"attention_head_dim": None} | conventions,
         ).double().eval()  # fmt: skip
         for (
             name,
@@ -193,7 +205,7 @@ def both(channels: tuple[int, ...], layers: int, attention: tuple[int, ...]) -> 
         ) in theirs.named_parameters():  # norms start as the identity, which any norm's weights would match
             if "norm" in name:
                 torch.nn.init.normal_(p, mean=float(name.endswith("weight")), std=0.3)
-    ours = UNet(3, channels[0], [c // channels[0] for c in channels], layers, attention).double().eval()
+    ours = UNet(3, channels[0], [c // channels[0] for c in channels], layers, attention, **options).double().eval()
     weights = theirs.state_dict()
     table = names(levels, layers, attention, set(weights))
     used = [name for group in table.values() for name in group]
@@ -203,10 +215,10 @@ def both(channels: tuple[int, ...], layers: int, attention: tuple[int, ...]) -> 
     return ours, theirs
 
 
-def agree(ours, theirs, x, t):
+def agree(ours, theirs, x, t, y=None):
     "Outputs, and the gradients of a loss with respect to the input, agree."
     results = []
-    for net in (ours, lambda x, t: theirs(x, t).sample):
+    for net in (lambda x, t: ours(x, t, y), lambda x, t: theirs(x, t, class_labels=y).sample):
         x = x.detach().requires_grad_()
         out = net(x, t)
         out.square().mean().backward()
@@ -222,6 +234,42 @@ def agree(ours, theirs, x, t):
 def test_small_unet_agrees():
     ours, theirs = both((128, 256), layers=1, attention=(0,))
     agree(ours, theirs, pictures(0, 3, (3, 8, 8)), torch.tensor([0.0, 37.0, 999.0], dtype=F64))
+
+
+def test_unet_with_the_conventions_of_the_later_programs_agrees():
+    "The time by cos, then sin, at frequencies i/half; what is added to a variance; padding on all sides; the label behind the time; several heads."
+    conventions = dict(
+        time_embedding=cos_first_embedding, eps=1e-5, symmetric=True, label_after=True, head_width=32
+    )
+    ours, theirs = both((128, 256), 1, (0,), OTHER, classes=7, **conventions)
+    x, t, y = pictures(0, 3, (3, 8, 8)), torch.tensor([0.0, 37.0, 999.0], dtype=F64), torch.tensor([0, 3, 6])
+    agree(ours, theirs, x, t, y)
+    with pytest.raises(ValueError, match="expected labels from 0 to 6; got 0 to 7"):
+        ours(x, t, torch.tensor([0, 3, 7]))
+    heads = UNet(3, 128, (1, 2), 1, (0,), classes=7, **conventions | dict(head_width=0, heads=4)).double().eval()
+    heads.load_state_dict(ours.state_dict())
+    assert (
+        heads.down[0][1].heads == 4 == ours.down[0][1].heads and heads.middle[1].heads == 4 != ours.middle[1].heads
+    )
+
+
+@pytest.mark.parametrize("published, options, conventions", [  # parameters, from the programs themselves
+    (295_904_454, (192, (1, 2, 3, 4), 3, (1, 2, 3)), ADM | dict(classes=1000)),
+    (421_529_606, (256, (1, 1, 2, 3, 4), 2, (2, 3, 4)), ADM | dict(classes=1000, head_width=0, heads=4)),
+    (553_838_086, (256, (1, 1, 2, 2, 4, 4), 2, (3, 4, 5)), ADM | dict(classes=1000)),
+    (552_814_086, (256, (1, 1, 2, 2, 4, 4), 2, (3, 4, 5)), ADM),
+    (52_546_438, (128, (1, 2, 2, 2), 3, (1, 2)), IMPROVED),
+    (121_063_942, (128, (1, 2, 3, 4), 3, (2, 3)), IMPROVED),
+])  # fmt: skip
+def test_the_published_networks_have_their_number_of_parameters(published, options, conventions):
+    with torch.device("meta"):
+        assert parameters(UNet(3, *options, channels_out=6, **conventions)) == published
+
+
+def test_widths_may_be_halved():
+    net = UNet(1, 16, (0.5, 1), 1, ())
+    assert net.stem.out_channels == 8 and net.embed[0].in_features == 16
+    assert net(torch.zeros(2, 1, 8, 8), torch.zeros(2)).shape == (2, 1, 8, 8)
 
 
 def test_unet_in_the_cifar10_configuration_agrees():

@@ -56,20 +56,19 @@ def check_order(s: Tensor, t: Tensor) -> None:
         )
 
 
-def check_labels(y: Tensor, classes: int) -> None:
-    "Raise ValueError unless y holds integers from 0 to `classes`, the last of which means any. (The values are not looked at on a GPU.)"
+def check_labels(y: Tensor, classes: int, any: bool = True) -> None:
+    "Raise ValueError unless y holds integers below `classes`, or where there is `any`, `classes` itself, which means that. (The values are not looked at on a GPU.)"
     if y.is_floating_point():
         raise ValueError(f"y: expected integer labels; got {y.dtype}")
-    check_range(y, classes)
+    check_range(y, classes, any)
 
 
 @cpu_only
-def check_range(y: Tensor, classes: int) -> None:
-    "Raise ValueError unless y is from 0 to `classes`, the last of which means any."
-    if ((y < 0) | (y > classes)).any():
-        raise ValueError(
-            f"y: expected labels from 0 to {classes - 1}, or {classes} for any; got {y.min()} to {y.max()}"
-        )
+def check_range(y: Tensor, classes: int, any: bool) -> None:
+    "Raise ValueError unless y is below `classes`, or where there is `any`, up to it."
+    if ((y < 0) | (y >= classes + any)).any():
+        or_any = f", or {classes} for any" if any else ""
+        raise ValueError(f"y: expected labels from 0 to {classes - 1}{or_any}; got {y.min()} to {y.max()}")
 
 
 def check_numbers(**named: tuple[int, int]) -> None:
