@@ -294,6 +294,7 @@ GOOD = dict(family="diffusion", recipe={}, shape=[1, 8, 8], levels=17, steps=0)
 
 @pytest.mark.parametrize("record", [
     "{}", "[]", "not json", "\xff", json.dumps(GOOD), json.dumps(GOOD | {"family": "magic"}), json.dumps(GOOD | {"recipe": {"width": 0}, "shape": []}),
+    json.dumps(GOOD | {"recipe": {k: v for k, v in DIGITS.items() if k != "target"}}),  # of which the default would be silently another model
 ])  # fmt: skip
 def test_a_damaged_description_is_named(record, tmp_path, capsys):
     (tmp_path / "model.json").write_text(record, encoding="latin-1")

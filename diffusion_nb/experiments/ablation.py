@@ -7,7 +7,7 @@ __all__ = ['CELLS', 'AblationRecipe', 'ablation_denoiser', 'ablation_loss', 'abl
 
 # %% ../../nbs/08_metrics.ipynb #2f57f4b5
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,25 +24,23 @@ from ..losses.bound import bound_loss, vlb_weight
 from ..losses.simple import denoising_loss, snr
 from ..nets.unet import UNet
 from ..noise import Noise
+from ..recipes.diffusion import Training
 from ..recipes.settings import settings
 from ..samplers.linear import ddpm
 from ..schedules import DDPMSchedule, linear_betas
 from ..time_samplers import chain_times
-from ..training.lr import warmup_cosine
 from ..training.trainer import Trainer
 from ..variances import fixed_large, fixed_small
 
 # %% ../../nbs/08_metrics.ipynb #ab442ed4
 @dataclass(frozen=True)
-class AblationRecipe:
+class AblationRecipe(Training):
     "The networks and trainings of the ablation."
 
+    steps: int = 1200
+    ema: float = 0.995
     T: int = 100
     width: int = 16
-    steps: int = 1200
-    batch: int = 64
-    lr: float = 0.0045
-    ema: float = 0.995
     seeds: int = 3
 
 
@@ -89,9 +87,8 @@ def run_ablation(r: AblationRecipe) -> tuple[dict, dict]:
         for cell, (target, loss, var) in enumerate(CELLS):
             key = (target, loss, var if loss == "L" else None)
             if key not in trained:
-                trainer = Trainer(ablation_denoiser(r, target, seed), data.x, steps=r.steps, batch=r.batch, seed=seed,
-                                  lr=warmup_cosine(r.lr, 100, r.steps), time_sampler=chain_times(r.T), ema=r.ema, betas=(0.9, 0.99),
-                                  loss=ablation_loss(r, target, loss, var), cond={"y": data.y}, null=10, device="cpu")  # fmt: skip
+                trainer = Trainer(ablation_denoiser(r, target, seed), data.x, loss=ablation_loss(r, target, loss, var), time_sampler=chain_times(r.T),
+                                  cond={"y": data.y}, null=10, device="cpu", **replace(r, seed=seed).options())  # fmt: skip
                 trained[key] = trainer.fit()
             table[cell, seed] = torch.tensor(ablation_numbers(trained[key], r, var))
     names = [f"{target}, {loss}, {var.__name__}" for target, loss, var in CELLS]

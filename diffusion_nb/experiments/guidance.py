@@ -21,24 +21,21 @@ from ..forward import q_sample
 from ..guidance import CFG, AutoGuidance, ClassifierGuidance, Unconditional, interval
 from ..nets.classifier import NoisyClassifier, classifier_loss
 from ..noise import Noise
-from ..recipes.diffusion import Recipe, recipe, recipe_denoiser, recipe_trainer
+from ..recipes.diffusion import Recipe, Training, recipe, recipe_denoiser, recipe_trainer
 from ..recipes.settings import settings
 from ..schedules import CosineSchedule
-from ..training.lr import warmup_cosine
 from ..training.trainer import Trainer
 
 # %% ../../nbs/13_guidance.ipynb #de313b5c
 @dataclass(frozen=True)
-class NoisyClassifierRecipe:
+class NoisyClassifierRecipe(Training):
     "A classifier of noisy digits, and its training."
 
-    width: int = 16
-    dropout: float = 0.1
     steps: int = 2000
-    batch: int = 64
     lr: float = 0.003
     ema: float = 0.995
-    seed: int = 0
+    width: int = 16
+    dropout: float = 0.1
 
 
 def fresh_classifier(r: NoisyClassifierRecipe) -> NoisyClassifier:
@@ -63,8 +60,9 @@ def accuracy_at(
 def train_classifier(r: NoisyClassifierRecipe) -> tuple[dict, dict]:
     "The weights of a classifier of noisy digits, and its accuracy on held-out digits at five times."
     data = digits()
-    classifier = Trainer(fresh_classifier(r), data.x, steps=r.steps, batch=r.batch, lr=warmup_cosine(r.lr, 100, r.steps), ema=r.ema,
-                         loss=classifier_loss, cond={"y": data.y}, seed=r.seed, betas=(0.9, 0.99), device="cpu").fit()  # fmt: skip
+    classifier = Trainer(
+        fresh_classifier(r), data.x, loss=classifier_loss, cond={"y": data.y}, device="cpu", **r.options()
+    ).fit()
     return classifier.state_dict(), {
         f"accuracy at t = {t}": round(accuracy_at(classifier, data.x_test, data.y_test, t), 4)
         for t in (0.1, 0.3, 0.5, 0.7, 0.9)

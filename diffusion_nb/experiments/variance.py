@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'NOISE', 'WAYS', 'BoundsRecipe', 'plain', 'hybrid', 'bound_
 # %% ../../nbs/14_iddpm.ipynb #a40d93f6
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -23,10 +23,10 @@ from ..likelihood.bits import Bits, bits_per_dim, fitted_variance
 from ..losses.bound import bound_loss, hybrid_loss
 from ..losses.simple import denoising_loss
 from ..nets.unet import UNet
+from ..recipes.diffusion import Training
 from ..recipes.settings import settings
 from ..schedules import DDPMSchedule, cosine_betas, linear_betas
 from ..time_samplers import LossSecondMomentSampler, chain_times, importance_weighted
-from ..training.lr import warmup_cosine
 from ..training.trainer import Trainer
 from ..variances import fixed_large, fixed_small, learned_variance
 
@@ -36,15 +36,13 @@ NOISE = 0.058  # the sigma at which a chain that stops early hands over to its d
 
 # %% ../../nbs/14_iddpm.ipynb #ca6fd7d1
 @dataclass(frozen=True)
-class BoundsRecipe:
+class BoundsRecipe(Training):
     "Three ways to train for the bound on digits: the same network, batches and steps. (notebooks 14 and 16)"
 
+    steps: int = 1500
+    ema: float = 0.995
     T: int = 1000
     width: int = 16
-    steps: int = 1500
-    batch: int = 64
-    lr: float = 0.0045
-    ema: float = 0.995
     seeds: int = 3
 
 
@@ -85,9 +83,8 @@ def bounds_trainer(r: BoundsRecipe, way: str, seed: int) -> Trainer:
     "The trainer of one network of WAYS."
     (betas, objective, channels_out, _), data = WAYS[way], digits()
     loss, times = objective(r.T)
-    return Trainer(bounds_denoiser(r, betas, channels_out, seed), data.x, steps=r.steps, batch=r.batch,
-                   lr=warmup_cosine(r.lr, 100, r.steps), time_sampler=times, loss=loss, ema=r.ema, betas=(0.9, 0.99),
-                   cond={"y": data.y}, null=10, seed=seed, device="cpu")  # fmt: skip
+    return Trainer(bounds_denoiser(r, betas, channels_out, seed), data.x, time_sampler=times, loss=loss,
+                   cond={"y": data.y}, null=10, device="cpu", **replace(r, seed=seed).options())  # fmt: skip
 
 # %% ../../nbs/14_iddpm.ipynb #83ef6b5e
 def fixed_steps(bits: Bits, schedule, var: Callable) -> Float[Tensor, "n k"]:

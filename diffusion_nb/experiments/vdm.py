@@ -32,11 +32,11 @@ from ..likelihood.continuous import vdm_bits
 from ..losses.simple import denoising_loss, ones, snr, snr_plus_one, truncated_snr
 from ..nets.unet import UNet
 from ..noise import Noise
+from ..recipes.diffusion import Training
 from ..recipes.settings import settings
 from ..recipes.vdm import VDMRecipe, vdm_denoiser, vdm_trainer
 from ..samplers.linear import ddim
 from ..schedules import CosineSchedule, TruncatedTime
-from ..training.lr import warmup_cosine
 from ..training.trainer import Trainer
 
 # %% ../../nbs/16_vdm.ipynb #73368f65
@@ -89,14 +89,12 @@ WEIGHTS = {"1": ones, "SNR": snr, "max(SNR, 1)": truncated_snr, "SNR + 1": snr_p
 
 
 @dataclass(frozen=True)
-class TargetsRecipe:
+class TargetsRecipe(Training):
     "What to predict times the weight of the loss: the network and its training."
 
-    width: int = 16
     steps: int = 500
-    batch: int = 64
-    lr: float = 0.0045
     ema: float = 0.99
+    width: int = 16
     seeds: int = 2
 
 
@@ -139,9 +137,8 @@ def run_targets(r: TargetsRecipe) -> tuple[dict, dict]:
     for i, goal in enumerate(GOALS):
         for j, weight in enumerate(WEIGHTS.values()):
             for seed in range(r.seeds):
-                trainer = Trainer(goal_denoiser(r, goal, seed), data.x, steps=r.steps, batch=r.batch, seed=seed, device="cpu",
-                                  lr=warmup_cosine(r.lr, 100, r.steps), ema=r.ema, betas=(0.9, 0.99),
-                                  loss=partial(denoising_loss, weight=weight), cond={"y": data.y}, null=10)  # fmt: skip
+                trainer = Trainer(goal_denoiser(r, goal, seed), data.x, loss=partial(denoising_loss, weight=weight),
+                                  cond={"y": data.y}, null=10, device="cpu", **replace(r, seed=seed).options())  # fmt: skip
                 try:
                     numbers, errors[i, j, seed] = goal_numbers(trainer.fit())
                 except FloatingPointError:  # a loss that is not finite: a result, too

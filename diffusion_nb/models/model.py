@@ -1,7 +1,7 @@
 """A trained model with what is needed to use it, in a folder."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -98,8 +98,10 @@ def read_about(file: Path) -> About:
         )
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
-        said["recipe"]["width"]  # which none is without
-        recipe = typed(FAMILIES[said["family"]][0], said["recipe"], "recipe")
+        kind = FAMILIES[said["family"]][0]
+        if left_out := {f.name for f in fields(kind)} - said["recipe"].keys():
+            raise KeyError(*left_out)
+        recipe = typed(kind, said["recipe"], "recipe")
         about = About(**said | {"recipe": recipe, "shape": tuple(said["shape"])})
         channels, height, width = about.shape
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:

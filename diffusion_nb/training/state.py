@@ -54,6 +54,7 @@ class State:
         if shard:
             shard_module(self.average)
         self.params, self.averages = (list(m.parameters()) for m in (denoiser, self.average))
+        self.alike = by_dtype(self.averages, self.params)
         self.buffers, self.average_buffers = (list(m.buffers()) for m in (denoiser, self.average))
         self.optimizer = torch.optim.AdamW(self.params, lr, betas, weight_decay=0.0, fused=on_gpu or skip)
         for p in self.params:  # made now, so that memory runs out at once if it does
@@ -77,7 +78,7 @@ class State:
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            for averages, params in by_dtype(self.averages, self.params):
+            for averages, params in self.alike:
                 torch._foreach_lerp_(averages, params, 1 - decay)
             if self.buffers:
                 torch._foreach_copy_(self.average_buffers, self.buffers)
