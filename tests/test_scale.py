@@ -2,7 +2,6 @@
 
 import functools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -49,6 +48,7 @@ from diffusion_nb.util.checks import cpu_only
 from diffusion_nb.util.images import to_bytes
 from diffusion_nb.util.profiling import HostSyncs, flops, utilisation
 from diffusion_nb.variances import fixed_large, fixed_small
+from tools.kernels import SERVER
 
 TS, SHAPE = time_grid(4), (1, 8, 8)
 
@@ -921,10 +921,6 @@ def work(log, out, pause, limit, rank, world, team):
         sys.exit(3)
     if team:
         dist.destroy_process_group()
-
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["diffusion_nb.generation.generate", "diffusion_nb.guidance", "pytest", "PIL.Image"])
 
 
 def start(out, pause=0.0, limit=0, rank=None, world=None, team=None):

@@ -1,6 +1,6 @@
 """Processes that are forked off one which has imported everything: starting Python and importing PyTorch takes seconds, each time.
 
-The suite starts thirty kernels, and trainings that are killed. `LocalProvisioner.launch_kernel = launch` has Jupyter's kernels made so.
+The suite starts thirty kernels, and trainings and samplings that are killed. There is one server a process, so all of them take this one. `LocalProvisioner.launch_kernel = launch` has Jupyter's kernels made so.
 """
 
 import multiprocessing
@@ -12,7 +12,7 @@ from jupyter_client.provisioning import LocalProvisioner
 # Not matplotlib.pyplot: it arranges with a running IPython, when it is imported, that figures are shown.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["diffusion_nb.cli.main", "diffusion_nb.cli.train", "diffusion_nb.cli.sample", "diffusion_nb.recipes.vdm", "diffusion_nb.training.hooks",
-                               "diffusion_nb.training.ema", "diffusion_nb.generation.generate", "diffusion_nb.book.claims", "sklearn.datasets", "sklearn.model_selection",
+                               "diffusion_nb.training.ema", "diffusion_nb.generation.generate", "diffusion_nb.guidance", "pytest", "PIL.Image", "diffusion_nb.book.claims", "sklearn.datasets", "sklearn.model_selection",
                                "torch._dynamo", "torchdiffeq", "sympy", "scipy.integrate", "matplotlib.figure", "matplotlib.backends.backend_agg",
                                "ipykernel.kernelapp", "ipykernel.ipkernel", "ipywidgets", "tqdm.auto"])  # fmt: skip
 
