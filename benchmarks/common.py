@@ -119,7 +119,7 @@ def profile(path, contenders, device):
             run()
         order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
         parts.append(f"{name}\n{p.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)}")
-    path.write_text("\n\n".join(parts))
+    path.write_text("\n\n".join(parts), encoding="utf-8")
     print(f"where the time goes: {path}")
 
 
@@ -153,7 +153,9 @@ def machine():
     else:
         info = Path("/proc/cpuinfo")
         models = [
-            line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+            line.split(":")[1].strip()
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
         ]
         name = f"{models[0]}, {len(models)} cores"
     packages = {}
@@ -180,4 +182,4 @@ def report(name, unit, rows, ratios=None, out=RESULTS, **about):
     result = dict(command=command, date=str(datetime.date.today()), machine=machine(), unit=unit,
                   results=rows, ratios=ratios, **about)  # fmt: skip
     out.mkdir(exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -99,7 +99,7 @@ def measure(args):
 
 def draw(path):
     "The curves of a JSON, as a picture beside it: training above, sampling below."
-    told = json.loads(path.read_text())
+    told = json.loads(path.read_text(encoding="utf-8"))
     curves = {title: rows for title, rows in told["results"].items() if rows["x"]}
     fig, axes = plt.subplots(2, 3, figsize=(9, 5.2), layout="constrained", squeeze=False)
     places = {"training": 0, "sampling": 1, "batch": 0, "height and width": 1, "steps": 2}

@@ -63,6 +63,24 @@ def refused(*says: str):
     return pytest.raises(ValueError, match="(?s)" + "".join(f"(?=.*{re.escape(s)})" for s in says))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [TypeError("Cannot convert a MPS Tensor to float64"), RuntimeError("Required aspect fp64 is not supported")],
+)
+def test_an_accelerator_without_float64_is_refused_in_one_sentence(error, monkeypatch):
+    def zeros(*size, device=None, **options):
+        if torch.device(device or "cpu").type == "meta":  # stands for it
+            raise error
+        return make(*size, device=device, **options)
+
+    make = torch.zeros
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with refused("device: meta has no float64", "device='cpu'"):
+        ddim(POINT, torch.empty(1, 2, device="meta"), T([1.0, 0.0]))
+    with refused("device: meta has no float64"):
+        Trainer(NetDenoiser(nn.Conv2d(1, 1, 1), CHAIN), make(4, 1, 8, 8), steps=1, lr=lambda k: 0.1, device="meta")
+
+
 # times
 
 

@@ -101,7 +101,7 @@ def test_library_knows_every_name_that_it_uses(name):
     module = importlib.import_module(name)
     read = [
         i.argval
-        for code in all_code(compile(Path(module.__file__).read_text(), name, "exec"))
+        for code in all_code(compile(Path(module.__file__).read_text(encoding="utf-8"), name, "exec"))
         for i in dis.get_instructions(code)
         if i.opname == "LOAD_GLOBAL"
     ]

@@ -68,7 +68,7 @@ def test_write_atomically(tmp_path):
     with pytest.raises(FileNotFoundError):
         storage.write_atomically(path, lambda p: None)  # nothing was written
     assert path.read_text() == "old"
-    with open(path) as reader:
+    with open(path, encoding="utf-8") as reader:
         storage.write_atomically(path, lambda p: p.write_text("new"))
         assert reader.read() == "old"  # who has it open keeps what was there
     assert path.read_text() == "new"

@@ -1,15 +1,20 @@
-"""Printed texts are compared to the precision with which they are printed, and no looser."""
+"""Printed texts are compared to the precision with which they are printed, and no looser; pictures as one sees them."""
 
+import base64
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from tools.printed import Printed
+from tools.seen import Seen
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +60,39 @@ def test_anything_else_is_another_text(stored, fresh):
     assert Printed(stored) != Printed(fresh) and Printed(fresh) != Printed(stored)
 
 
+def drawn(shift=0.0, height=1.0, title="loss", extra=None):
+    "A plot of a falling curve and a row of grey squares, as the base64 of its PNG."
+    fig = Figure(figsize=(6, 3), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    x = np.linspace(0, 1, 100)
+    left.plot(x, height * np.exp(-3 * x) + shift)
+    left.set(xlim=(0, 1), ylim=(0, 1), xlabel="step", title=title)
+    right.imshow(np.eye(8) if extra is None else extra, cmap="gray")
+    file = io.BytesIO()
+    fig.savefig(file, dpi=72)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_a_picture_may_differ_by_what_one_hardly_sees():
+    assert Seen(drawn()) == Seen(drawn()) and Seen(drawn()) == Seen(drawn(shift=0.005))
+    one_pixel = np.eye(8)
+    one_pixel[0, 3] = 0.5
+    assert Seen(drawn()) == Seen(drawn(extra=one_pixel))
+
+
+def test_another_picture_and_a_damaged_one_are_told():
+    stored, file = drawn(), base64.b64decode(drawn())
+    black = Figure(figsize=(6, 3))
+    black.savefig(black_file := io.BytesIO(), dpi=72, facecolor="black")
+    others = [drawn(height=0.5), drawn(extra=np.eye(8)[::-1]), drawn(extra=np.zeros((8, 8)))]
+    others += [
+        base64.b64encode(b).decode()
+        for b in (black_file.getvalue(), file[:200] + b"\0\0\0" + file[203:], file[:-100])
+    ]
+    for other in others:
+        assert Seen(stored) != Seen(other) and Seen(other) != Seen(stored)
+
+
 BAR = "import time\nfrom tqdm.auto import tqdm\nfor i in tqdm(range(6000), mininterval=0):\n    time.sleep(0.001)\nprint('done')"
 CELLS = {  # (source, stored): whether it is green
     (
@@ -65,11 +103,15 @@ CELLS = {  # (source, stored): whether it is green
     ("print(0.5235)", "0.5230"): False,
     ("print(41)", "42"): False,
 }
+SHOWN = "from IPython.display import Image, display\nimport base64\ndisplay(Image(data=base64.b64decode('{}'), format='png'))"
+PICTURES = {(drawn(shift=0.005), drawn()): True, (drawn(height=0.5), drawn()): False}
 
 
 def test_the_suite_compares_a_notebook_by_what_it_prints(tmp_path):
     cells = [new_code_cell(source, execution_count=i, outputs=[new_output("stream", name="stdout", text=f"{stored}\n")])
              for i, (source, stored) in enumerate(CELLS)]  # fmt: skip
+    cells += [new_code_cell(SHOWN.format(fresh), execution_count=9, outputs=[new_output("display_data", {"image/png": stored, "text/plain": "<IPython.core.display.Image object>"})])
+              for fresh, stored in PICTURES]  # fmt: skip
     nbformat.write(new_notebook(cells=cells), tmp_path / "one.ipynb")
     words = [
         "-q",
@@ -87,6 +129,6 @@ def test_the_suite_compares_a_notebook_by_what_it_prints(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words, tmp_path / "one.ipynb"], cwd=ROOT, capture_output=True, text=True
     )
-    for i, green in enumerate(CELLS.values()):
+    for i, green in enumerate([*CELLS.values(), *PICTURES.values()]):
         found = re.search(rf"^(PASSED|FAILED) .*::Cell {i}\b", done.stdout, re.MULTILINE)
         assert found and (found[1] == "PASSED") == green, done.stdout

@@ -906,7 +906,7 @@ Slow.__qualname__ = "Counted"  # nor is it another in the record
 
 def work(log, out, pause, limit, rank, world, team):
     "A process of its own: 40 pictures, its share of them; what it says goes to `log`."
-    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    sys.stdout = sys.stderr = open(log, "w", encoding="utf-8", buffering=1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     if limit:

@@ -25,7 +25,7 @@ def room(module: str) -> str:
 
 def imports(path: Path, everywhere: bool = True) -> set[str]:
     "The modules of the library that a file imports; with `everywhere`, inside functions too."
-    tree, own = ast.parse(path.read_text()), name_of(path).split(".")
+    tree, own = ast.parse(path.read_text(encoding="utf-8")), name_of(path).split(".")
     package = own if path.name == "__init__.py" else own[:-1]
     found = set()
     for node in ast.walk(tree) if everywhere else tree.body:
@@ -46,6 +46,19 @@ def test_each_room_imports_from_below_only(path):
         assert theirs <= {"util"}, theirs
     if own not in {"experiments", "cli", "book", "", "__main__"}:
         assert "experiments" not in theirs and "cli" not in theirs and "book" not in theirs
+
+
+@pytest.mark.parametrize("path", LIBRARY + sorted((ROOT / "tools").glob("*.py")), ids=lambda p: p.stem)
+def test_texts_say_their_encoding_which_differs_between_systems(path):
+    for call in (
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+    ):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in call.args[1:2])
+        if name in {"read_text", "write_text"} or (
+            name == "open" and isinstance(call.func, ast.Name) and not binary
+        ):
+            assert any(k.arg == "encoding" for k in call.keywords), f"{path.name}:{call.lineno}"
 
 
 def test_no_module_imports_itself_by_way_of_others():

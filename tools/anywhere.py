@@ -51,7 +51,9 @@ def tested(python: str, what: list[str], setting: dict[str, str], folder: Path) 
             for bad in (*case.findall("failure"), *case.findall("error")):
                 failed.append((f"{case.get('classname')} {case.get('name')}", bad.text or ""))
     margins = folder / "margins.jsonl"
-    claims = [json.loads(line) for line in margins.read_text().splitlines()] if margins.exists() else []
+    claims = (
+        [json.loads(line) for line in margins.read_text(encoding="utf-8").splitlines()] if margins.exists() else []
+    )
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "pytest said nothing"
     return failed or ([("pytest", done.stdout[-3000:])] if done.returncode else []), claims, last
 

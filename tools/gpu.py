@@ -122,7 +122,7 @@ def end(process: subprocess.Popen) -> None:
 def ran(stage: Stage, limit: float, env: dict[str, str], log: Path) -> dict:
     "How a stage went: its command, seconds, how it ended, and the last line that it said."
     start = time.monotonic()
-    with open(log, "w") as f:
+    with open(log, "w", encoding="utf-8") as f:
         process = subprocess.Popen([sys.executable, *stage.words], cwd=ROOT, env=env, stdout=f, stderr=subprocess.STDOUT,
                                    start_new_session=True)  # fmt: skip
         try:
@@ -134,7 +134,7 @@ def ran(stage: Stage, limit: float, env: dict[str, str], log: Path) -> dict:
         except BaseException:
             end(process)
             raise
-    said = log.read_text(errors="replace").strip().splitlines()
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return dict(command=shlex.join(["python", *stage.words]), ended=ended, seconds=round(time.monotonic() - start, 1),
                 said=said[-1] if said else "", log=log.name)  # fmt: skip
 
@@ -142,7 +142,7 @@ def ran(stage: Stage, limit: float, env: dict[str, str], log: Path) -> dict:
 def write(path: Path, result: dict) -> None:
     "Write it whole, or leave what was there."
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    draft.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(draft, path)
 
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def repository(root: Path) -> str:
-    return tomllib.loads((root / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 
 
 def run_it(root: Path, stem: str) -> str:
@@ -163,7 +163,7 @@ def library(root: Path) -> dict[str, tuple[str, str]]:
     found = {}
     for path in (root / "diffusion_nb").rglob("[!_]*.py"):
         name = ".".join(path.relative_to(root / "diffusion_nb").with_suffix("").parts)
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         made = re.search(r"^# %% \S*/(\w+)\.ipynb ", source, re.MULTILINE)
         found[name] = made[1] if made else "", source
     return dict(sorted(found.items(), key=lambda item: (not item[1][0], item[1][0], item[0])))
@@ -182,7 +182,8 @@ def prepare(root: Path, src: Path) -> None:
     "Fill the folder `src` with what Sphinx reads."
     shutil.copytree(root / "docs", src, dirs_exist_ok=True, ignore=shutil.ignore_patterns("readme", "_build"))
     shutil.copy(root / "CONTRIBUTING.md", src)
-    (src / "running.md").write_text((root / "docs/running.md").read_text().replace("REPOSITORY", repository(root)))
+    running = (root / "docs/running.md").read_text(encoding="utf-8").replace("REPOSITORY", repository(root))
+    (src / "running.md").write_text(running, encoding="utf-8")
     book = {path.stem: notebook(root, path.stem) for path in sorted((root / "nbs").glob("*.ipynb"))}
     rows, modules = ledger(root), library(root)
     numbered = [stem for stem in book if stem[0].isdigit()]
@@ -195,7 +196,9 @@ def prepare(root: Path, src: Path) -> None:
         nbformat.write(nb, src / f"{stem}.ipynb")
     (src / "api").mkdir()
     for name, (stem, source) in modules.items():
-        (src / f"api/{name}.md").write_text(api_page(name, stem, title(book[stem]) if stem else "", source, rows))
+        (src / f"api/{name}.md").write_text(
+            api_page(name, stem, title(book[stem]) if stem else "", source, rows), encoding="utf-8"
+        )
 
 
 class Page(HTMLParser):
@@ -226,11 +229,15 @@ def problem(address: str, path: Path, pages: dict[Path, Page]) -> str | None:
 
 def broken(out: Path) -> Iterator[str]:
     "Each link to what is not there, and each thing that a page would fetch from elsewhere."
-    pages = {path.resolve(): Page(path.read_text()) for path in sorted(out.rglob("*.html"))}
+    pages = {path.resolve(): Page(path.read_text(encoding="utf-8")) for path in sorted(out.rglob("*.html"))}
     for path, page in pages.items():
         yield from filter(None, (problem(address, path, pages) for address in sorted(page.fetched | page.links)))
     for path in sorted([*pages, *out.rglob("*.css")]):
-        styles = re.findall(r"(?s)<style.*?</style>", path.read_text()) if path in pages else [path.read_text()]
+        styles = (
+            re.findall(r"(?s)<style.*?</style>", path.read_text(encoding="utf-8"))
+            if path in pages
+            else [path.read_text(encoding="utf-8")]
+        )
         for url in re.findall(r"(?:url\(|@import)\s*['\"]?((?:https?:)?//[^'\")]*)", "".join(styles)):
             yield f"{path.name} fetches {url}"
 

@@ -97,7 +97,7 @@ def claim(id: str, *evidence: Evidence, says: str) -> None:
         numbers = [
             dict(id=id, kind=e.kind, got=e.got, low=e.low, high=e.high) for e in evidence if e.kind != "symbolic"
         ]
-        with open(file, "a") as f:
+        with open(file, "a", encoding="utf-8") as f:
             f.write("".join(json.dumps(row) + "\n" for row in numbers))
     for e in evidence:
         if not e.holds:

@@ -99,7 +99,7 @@ def documented(package: Path) -> list[tuple[str, str]]:
     return [
         found
         for p, name in zip(modules, names, strict=True)
-        for found in docstrings(ast.parse(p.read_text()), name)
+        for found in docstrings(ast.parse(p.read_text(encoding="utf-8")), name)
     ]
 
 
@@ -136,14 +136,14 @@ class Row(NamedTuple):
 def cells_of(root: Path, notebook: str) -> list[dict]:
     "The cells of a notebook as it is stored; none if it is still to be written."
     path = root / f"nbs/{notebook}.ipynb"
-    return json.loads(path.read_text())["cells"] if path.exists() else []
+    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else []
 
 
 def ledger(root: Path | None = None) -> "Ledger":
     "The whole ledger of the project at `root`, from its stored files: nothing is run."
     root, rows = root or project_root(), []
     code, errata = documented(root / "diffusion_nb"), errata_in(cells_of(root, "errata"))
-    for entry in tomllib.loads((root / "claims.toml").read_text())["claim"]:
+    for entry in tomllib.loads((root / "claims.toml").read_text(encoding="utf-8"))["claim"]:
         id, cells = entry["id"], cells_of(root, entry["notebook"])
         misprints = [erratum for where, erratum in errata if where in parts(id)]
         rows.append(Row(**entry, written=bool(cells), pictures=has_pictures(cells), claim=claims_in(cells).get(id),

@@ -46,8 +46,11 @@ def in_order(paths: list[Path], seconds: dict[str, float], jobs: int) -> list[Pa
 
 def state_of(nbs: Path) -> str:
     "A hash of everything that decides what the notebooks show: their cells, the library, the settings."
-    cells = [[c["source"] for c in json.loads(p.read_text())["cells"]] for p in sorted(nbs.glob("*.ipynb"))]
-    code = [p.read_text() for p in [shipped("settings.ini"), *sorted(PACKAGE.rglob("*.py"))]]
+    cells = [
+        [c["source"] for c in json.loads(p.read_text(encoding="utf-8"))["cells"]]
+        for p in sorted(nbs.glob("*.ipynb"))
+    ]
+    code = [p.read_text(encoding="utf-8") for p in [shipped("settings.ini"), *sorted(PACKAGE.rglob("*.py"))]]
     asked = [os.environ.get(f"DIFFUSION_NB_{name}") for name in ("PROFILE", "SET", "SETTINGS")]
     return hashlib.sha256(json.dumps([cells, code, asked]).encode()).hexdigest()
 
@@ -61,7 +64,7 @@ class Record:
     def __init__(self, out: Path, book: list[Path], state: str):
         self.out, self.book, self.state, self.seconds, self.problems = out, book, state, {}, {}
         try:
-            last = json.loads((out / "run.json").read_text())
+            last = json.loads((out / "run.json").read_text(encoding="utf-8"))
             self.seconds = dict(last["seconds"])
             if last["state"] == state:
                 self.problems = {k: v for k, v in last["problems"].items() if (out / f"{k}.html").exists()}
@@ -74,9 +77,11 @@ class Record:
 
     def write(self) -> None:
         about = dict(state=self.state, seconds=self.seconds, problems=self.problems)
-        write_atomically(self.out / "run.json", lambda p: p.write_text(json.dumps(about, indent=1)))
+        write_atomically(
+            self.out / "run.json", lambda p: p.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        )
         page = index_page(self.book, self.seconds, self.problems)
-        write_atomically(self.out / "index.html", lambda p: p.write_text(page))
+        write_atomically(self.out / "index.html", lambda p: p.write_text(page, encoding="utf-8"))
 
 
 class Kernels:
@@ -141,7 +146,7 @@ def execute(path: Path, out: Path, kernels: Kernels) -> tuple[float, str | None]
         if problem:
             nb.cells.insert(0, nbformat.v4.new_markdown_cell(stopped_at(nb)))
         nbformat.write(nb, out / path.name)
-        (out / f"{path.stem}.html").write_text(web_page(nb))
+        (out / f"{path.stem}.html").write_text(web_page(nb), encoding="utf-8")
     return time.perf_counter() - start, problem
 
 
@@ -207,7 +212,7 @@ def web_page(nb) -> str:
 
 def title(path: Path) -> str:
     "The first heading of a notebook."
-    cells = json.loads(path.read_text())["cells"]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     lines = (line for c in cells for line in "".join(c["source"]).splitlines())
     return next((line.lstrip("# ").strip() for line in lines if line.startswith("# ")), path.stem)
 

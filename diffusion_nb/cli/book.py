@@ -92,7 +92,7 @@ def artifacts() -> int:
             print(f"{name}: left as it is, for {source} is not here (diffusion-nb data {source} fetches it)")
             continue
         path = project_root() / "data" / "artifacts" / f"{name}.json"
-        old = json.loads(path.read_text())["metrics"] if path.exists() else {}
+        old = json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
         card = ship_artifact(name, make, r)
         print(f"{name}: {card['seconds']} s")
         for metric, value in card["metrics"].items():
@@ -113,7 +113,7 @@ def ledger(args: Ledger) -> int:
 
     table, missing = ledger().markdown(), gaps()
     if args.out:
-        write_atomically(Path(args.out), lambda p: p.write_text(table))
+        write_atomically(Path(args.out), lambda p: p.write_text(table, encoding="utf-8"))
         print(f"wrote {args.out}")
     else:
         print(table, end="")

@@ -149,7 +149,9 @@ def put_artifact(path: Path, name: str, make: Callable, recipe) -> None:
     write_atomically(path, lambda p: save_file(tensors, p))
     card = dict(name=name, recipe=as_plain(recipe), code=made_of(make, recipe), sha256=_sha256(path), metrics=metrics,
                 seconds=round(time.perf_counter() - start), torch=torch.__version__)  # fmt: skip
-    write_atomically(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1) + "\n"))
+    write_atomically(
+        path.with_suffix(".json"), lambda p: p.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    )
 
 
 def ship_artifact(name: str, make: Callable, recipe) -> dict:
@@ -160,12 +162,12 @@ def ship_artifact(name: str, make: Callable, recipe) -> dict:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    return load(path.read_bytes()), json.loads(path.with_suffix(".json").read_text())
+    return load(path.read_bytes()), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def _check_asked(name: str, problem: str, card: Path) -> None:
     "Nothing is trained for over a minute unasked."
-    seconds = json.loads(card.read_text()).get("seconds", 0) if card.exists() else 0
+    seconds = json.loads(card.read_text(encoding="utf-8")).get("seconds", 0) if card.exists() else 0
     if seconds > 60 and os.environ.get("DIFFUSION_NB_MAKE") != "1":
         raise RuntimeError(
             f"{name} is not as this code and recipe would make it ({problem}), and making it took {seconds} s. "
@@ -182,7 +184,7 @@ def _problem(path: Path, recipe: dict, made_by: str) -> str | None:
     if not path.exists() or not path.with_suffix(".json").exists():
         return "there is none yet"
     try:
-        card = json.loads(path.with_suffix(".json").read_text())
+        card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         recipe_then, code_then, sha256 = card["recipe"], card["code"], card["sha256"]
     except (ValueError, TypeError, KeyError):
         return "its card is damaged"

@@ -32,7 +32,7 @@ def write_folder(path: Path, found: dict[str, Tensor]) -> None:
         Image.fromarray(picture.permute(1, 2, 0).squeeze(2).numpy()).save(path / f"{seed:06d}.png")
     if "labels" in found:
         labels = dict(zip(found["seeds"].tolist(), found["labels"].tolist(), strict=True))
-        (path / "labels.json").write_text(json.dumps(labels))
+        (path / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
 
 
 FORMS = {"": write_folder, ".npz": write_npz, ".safetensors": partial(save_tensors, about={})}

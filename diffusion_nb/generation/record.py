@@ -100,13 +100,13 @@ def record(denoiser: Denoiser, sampler: Callable, ts: Tensor, n: int, shape: Seq
 def write_record(path: Path, about: dict) -> None:
     "Write a record, with a checksum of its own."
     text = json.dumps(about | {"checksum": digest({}, about)}, indent=1) + "\n"
-    write_atomically(path, lambda p: p.write_text(text))
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def read_record(path: Path) -> dict | None:
     "The record in a file; None where there is no file, and an empty one where it is damaged."
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text(encoding="utf-8"))
         return about if about.pop("checksum") == digest({}, about) else {}
     except FileNotFoundError:
         return None

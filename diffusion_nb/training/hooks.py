@@ -88,13 +88,15 @@ class JsonLogger:
         if has_read(trainer):
             row = numbers(trainer) | dict(seconds=round(time.perf_counter() - self.start, 3))
             row = {k: v if math.isfinite(v) else None for k, v in row.items()}
-            with open(self.path, "a") as f:
+            with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
         "Leave only the rows before `step`."
         rows = [row for row in read_rows(self.path) if row["step"] < step] if self.path.exists() else []
-        write_atomically(self.path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+        write_atomically(
+            self.path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        )
 
 
 class TensorBoard:

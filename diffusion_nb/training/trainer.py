@@ -21,7 +21,7 @@ from diffusion_nb.training.identity import name_of, network_hash
 from diffusion_nb.training.memory import what_fits, with_memory
 from diffusion_nb.training.sharding import check_same_step
 from diffusion_nb.training.state import State
-from diffusion_nb.util.checks import check_numbers, default_device
+from diffusion_nb.util.checks import check_device, check_numbers, default_device
 from diffusion_nb.util.interrupts import deferred_interrupt
 
 
@@ -72,6 +72,7 @@ class Trainer:
             raise ValueError(f"expected ema in [0, 1), cond_dropout in [0, 1], clip above 0 and a learning rate of 0 or more; got {ema}, {cond_dropout}, {clip}, {lr(0)}")  # fmt: skip
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device(device) if device else default_device()
+        check_device(self.device)
         self.steps, self.lr, self.batch, self.loss, self.seed = steps, lr, batch, loss, seed
         self.ema, self.clip, self.betas, self.bf16, self.accumulate = ema, clip, betas, bf16, accumulate
         self.log_every, self.save_every, self.hooks, self.time_sampler = log_every, save_every, hooks, time_sampler

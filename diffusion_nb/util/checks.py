@@ -14,6 +14,18 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_device(device: torch.device) -> None:
+    "Raise ValueError for an accelerator without float64, in which times and coefficients are computed."
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError) as e:  # as MPS and XPU say it
+        if "64" not in str(e):
+            raise
+        raise ValueError(
+            f"device: {device.type} has no float64, in which times and coefficients are computed; take device='cpu', or a GPU of CUDA or ROCm"
+        ) from e
+
+
 def expand_as(a: Tensor, x: Tensor) -> Tensor:
     "`a`, one number or one number a sample, in the dtype of `x` and shaped to multiply it: (B,) becomes (B, 1, …, 1)."
     return a.to(x.dtype).reshape(a.shape + (1,) * (x.ndim - 1)) if a.ndim else a.to(x.dtype)
@@ -170,7 +182,7 @@ def check_eval(denoiser: nn.Module) -> None:
 
 def check_sampling(x: Tensor, ts: Tensor, noise: Callable | None, denoiser: nn.Module | None = None) -> None:
     "Raise ValueError unless x is finite, ts falls strictly within [0, 1], the noise is shaped like x, and the denoiser is in eval mode."
-    check_finite(x, "x"), check_eval(denoiser)
+    check_device(x.device), check_finite(x, "x"), check_eval(denoiser)
     check_time(ts)
     if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() < 0).all():
         raise ValueError(f"ts: expected times that fall from noise to data, such as time_grid(100); got {ts}")

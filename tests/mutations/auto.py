@@ -306,7 +306,7 @@ def run_tests(root: Path, files: list[str], plugin, *options: str) -> None:
     os.chdir(root)
     os.environ |= {"OMP_NUM_THREADS": "1", "DIFFUSION_NB_HOME": str(root / "data")}
     sys.path.insert(0, str(root))
-    with open(root / "log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+    with open(root / "log", "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         pytest.main(["-q", "--color=no", "-p", "no:anyio", *options, *files], plugins=[plugin])
     if not sys.modules["diffusion_nb"].__file__.startswith(str(root)):
         raise RuntimeError("the tests ran on another library than the copy")
@@ -375,7 +375,7 @@ def see(file: str, place: Path) -> None:
     got = forked(lambda: reached(HERE, file), 1200)
     if not got:
         raise RuntimeError(f"{file} does not run to its end:\n{(HERE / 'log').read_text()[-3000:]}")
-    place.write_text(json.dumps(got[0]))
+    place.write_text(json.dumps(got[0]), encoding="utf-8")
 
 
 def noticed_here(m: Mutant, tests: list[str], seconds: float) -> tuple[str | None, float]:

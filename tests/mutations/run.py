@@ -30,7 +30,7 @@ MISSPELT = {"SyntaxError", "IndentationError", "ImportError", "ModuleNotFoundErr
 
 def notebooks_of(module: Path) -> list[Path]:
     "The notebooks that export into a module, as it says above each cell; none for one that is written by hand."
-    found = re.findall(r"^# %% (\S+\.ipynb) ", module.read_text(), re.MULTILINE)
+    found = re.findall(r"^# %% (\S+\.ipynb) ", module.read_text(encoding="utf-8"), re.MULTILINE)
     return [(module.parent / name).resolve() for name in dict.fromkeys(found)]
 
 
@@ -106,7 +106,7 @@ def failure(tests: list[str], root: Path, seconds: int, *options: str) -> str | 
     command += sorted(
         names, key=lambda name: name.partition("::")[0]
     )  # a notebook's cells together, in their order
-    with open(root / "log", "w") as log:
+    with open(root / "log", "w", encoding="utf-8") as log:
         done = subprocess.run(command, cwd=root, env=env, stdout=log, stderr=log, timeout=seconds)
     said = re.sub(r"\x1b\[[\d;]*m", "", (root / "log").read_text())
     by = first_failure(said)
