@@ -305,6 +305,7 @@ def test_bytes_stand_for_the_pictures_they_were_made_from():
     assert small.dtype == torch.uint8 and small.nbytes == x.nbytes // 4
     runs = [Trainer(NetDenoiser(Scale(), CosineSchedule()), data, steps=5, lr=lambda k: 0.1, batch=8, device="cpu") for data in (x, small)]  # fmt: skip
     a, b = (next(r.batches(3)) for r in runs)
+    assert all(r.batches.source.x0.dtype == torch.uint8 for r in runs)
     assert a[0].equal(b[0]) and b[0].dtype == torch.float32
     assert runs[0].train_step() == runs[1].train_step()
 

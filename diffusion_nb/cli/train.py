@@ -1,5 +1,6 @@
 """Commands that train: train, distill."""
 
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -141,7 +142,10 @@ def prepared(args: Train, team, out: Path):
     device, denoiser = torch.device(args.device) if args.device else team.device, about.fresh()
     if args.from_:
         fill(denoiser, own_tensors(Model.load(args.from_).denoiser), f"--from {args.from_}")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
     torch.backends.cudnn.benchmark = not args.deterministic
+    torch.set_float32_matmul_precision("high")  # TF32 where it is not bf16, as in convolutions
     torch.use_deterministic_algorithms(args.deterministic)
     trainer = (vdm_trainer if args.vdm else recipe_trainer)(
         r, x, y, denoiser=denoiser, device=device, bf16=args.bf16, compile=args.compile, checkpoint=out / "checkpoint.safetensors",

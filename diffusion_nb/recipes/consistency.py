@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from diffusion_nb.data import Pictures, data_set
@@ -14,7 +15,9 @@ from diffusion_nb.losses.consistency import consistency_distillation, consistenc
 from diffusion_nb.recipes.diffusion import Training
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.time_samplers import LevelSampler, constant_levels
+from diffusion_nb.training.distill import frozen
 from diffusion_nb.training.trainer import Trainer
+from diffusion_nb.util.checks import default_device
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,7 @@ def train_consistency(
     """
     r = settings(f"consistency.{name}", ConsistencyRecipe)
     f = DenoiserConsistency(copy.deepcopy(teacher).requires_grad_(True))
-    teacher = VEView(Clip(teacher)).eval().requires_grad_(False)
+    device = torch.device(options.get("device") or default_device())
+    teacher = frozen(VEView(Clip(teacher)), device, options.get("compile", False))
     make = partial(consistency_distillation, teacher) if distil else consistency_training
-    trainer = consistency_trainer(r, data_set(r.data).load(), f, make, classes, **options)
-    teacher.to(trainer.device)
-    return trainer.fit()
+    return consistency_trainer(r, data_set(r.data).load(), f, make, classes, **options).fit()

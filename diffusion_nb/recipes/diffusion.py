@@ -18,7 +18,6 @@ from diffusion_nb.training.batches import flip_half
 from diffusion_nb.training.lr import warmup_constant, warmup_cosine
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.checks import check_numbers
-from diffusion_nb.util.images import as_bytes
 
 SCHEDULES = {"cosine": CosineSchedule, "linear": lambda: DDPMSchedule(linear_betas())}
 TARGETS = {
@@ -149,7 +148,6 @@ def recipe_trainer(
 
     denoiser: where to start, if not from a fresh one. options: those of `Trainer`, such as device, bf16, compile, checkpoint, save_every.
     """
-    x = as_bytes(x) if isinstance(x, Tensor) else x
     denoiser = denoiser or recipe_denoiser(r, x.shape[1:])
     loss = partial(denoising_loss, weight=chosen(r)[2])
     return Trainer(

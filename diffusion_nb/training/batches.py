@@ -11,15 +11,17 @@ from diffusion_nb.denoisers import Denoiser, check_cond
 from diffusion_nb.noise import Noise
 from diffusion_nb.training.identity import data_hash, name_of
 from diffusion_nb.util.checks import check_null, check_pictures
+from diffusion_nb.util.images import as_bytes
 
 Row = tuple[Tensor, dict[str, Tensor]]  # pictures and their conditions
 LOOKED = 256  # items of a data set that are looked at before a training
 
 
 class InMemory:
-    "Rows of tensors, on the device where they fit: `rows(step, pick, parts)` yields (pictures, conditions) for each part of a batch."
+    "Rows of tensors, as bytes where that loses nothing, on the device where they fit: `rows(step, pick, parts)` yields (pictures, conditions) for each part of a batch."
 
     def __init__(self, x0: Tensor, cond: dict[str, Tensor], device: torch.device):
+        x0 = as_bytes(x0) if x0.is_floating_point() else x0
         fits = device.type == "cpu" or x0.nbytes < torch.cuda.mem_get_info(device)[0] / 2
         self.home = device if fits else torch.device("cpu")
         self.x0, self.cond = x0.to(self.home), {name: v.to(self.home) for name, v in cond.items()}

@@ -14,7 +14,7 @@ from diffusion_nb.util.storage import load_tensors, save_tensors, write_atomical
 
 
 class Checkpoints:
-    """The `inpaint` last states of a run: the newest in the file `path`, those before it in `path`.1, `path`.2, …
+    """The `keep` last states of a run: the newest in the file `path`, those before it in `path`.1, `path`.2, …
 
     Each is written whole or not at all, with a checksum; `load` passes over one that is damaged.
     """

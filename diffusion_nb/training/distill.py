@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,6 +15,15 @@ from diffusion_nb.time_samplers import chain_times
 from diffusion_nb.training.lr import linear_decay
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.checks import default_device
+
+
+def frozen(denoiser: Denoiser, device: torch.device, compile: bool = False) -> Denoiser:
+    "A copy as a student's teacher: without gradients, on the device, laid out as its network likes best there, compiled if asked."
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    teacher = copy.deepcopy(denoiser).to(device, memory_format=layout).eval().requires_grad_(False)
+    if compile:
+        teacher.compile()
+    return teacher
 
 
 def halvings(n: int) -> list[int]:
@@ -35,17 +46,15 @@ def distill(teacher: Denoiser, x0: Float[Tensor, "k *d"], n_from: int, n_to: int
     Raises ValueError unless n_from is n_to times a power of two, above 1.
     """
     check_halving(n_from, n_to)
-    teacher, students, n = (
-        copy.deepcopy(teacher).to(options.get("device") or default_device()).requires_grad_(False),
-        {},
-        n_from,
-    )
+    teach = partial(frozen, device=torch.device(options.get("device") or default_device()), compile=options.get("compile", False))  # fmt: skip
+    teacher, students, n = teach(teacher), {}, n_from
     while n > n_to:
         n //= 2
         student = copy.deepcopy(teacher).requires_grad_(True)
         trainer = Trainer(student, x0, steps=steps(n), lr=linear_decay(lr, steps(n)), time_sampler=chain_times(n), seed=1000 * seed + n,
                           loss=objective(wrap(teacher), n), checkpoint=folder and Path(folder) / f"student-{n}.safetensors", **options)  # fmt: skip
-        teacher = students[n] = trainer.fit()
+        students[n] = trainer.fit()
+        teacher = teach(students[n])
     return students
 
 

@@ -42,7 +42,7 @@ def show(x: Float[Tensor, "n c h w"], columns: int = 0, title: str = "", ax=None
 def as_bytes(x: Float[Tensor, "*any"]) -> Tensor:
     "x as bytes, 0 … 255 for [-1, 1], where that loses nothing: a quarter of the memory. Else x."
     small = to_bytes(x)
-    return small if torch.equal(small / 127.5 - 1, x) else x
+    return small if torch.equal(small / 127.5 - 1, x.cpu()) else x
 
 
 def animate(
