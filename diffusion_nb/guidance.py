@@ -70,7 +70,7 @@ def check_gradient(log_f: Tensor, grad: Tensor) -> None:
 
 
 class ClassifierGuidance(Denoiser):
-    """ε̂ - sigma w ∇log f(y | x_t), that is x̂0 + w sigma²/alpha ∇log f(y | x_t). (SUR-cg; Dhariwal and Nichol 2021, algorithm 2)
+    """ε̂ - sigma w ∇log f(y | x_t), that is x̂0 + w sigma²/alpha ∇log f(y | x_t). (SUR-cg; Dhariwal and Nichol 2021, algorithm 2; algorithm 1 is `guided_ddpm`)
 
     Parameters
     ----------

@@ -13,8 +13,8 @@ from .forward import Step
 
 # %% ../nbs/05_elbo.ipynb #64aaeb27
 def fixed_small(pred: Prediction, step: Step) -> Tensor:
-    "The variance of q(x_s | x_t, x0), DDPM's β̃: right for data that are a single point. (DDPM-s1)"
-    return step.small
+    "The variance of q(x_s | x_t, x0), DDPM's β̃: right for data that are a single point; for the decoder of a chain, β̃ of the step before. (DDPM-s1)"
+    return step.clipped
 
 
 def fixed_large(pred: Prediction, step: Step) -> Tensor:
@@ -31,7 +31,7 @@ from .forward import Step
 def learned_variance(pred: Prediction, step: Step) -> Tensor:
     """exp(frac log β + (1 - frac) log β̃), with frac = (pred.aux + 1) / 2 as the network says it. (SUR-lv; Nichol and Dhariwal 2021, eq. 15)
 
-    frac is not held within [0, 1]. At a step that ends at the data, where β̃ = 0, it is 0. Raises ValueError where the network says nothing.
+    frac is not held within [0, 1]. At the last step of a chain, the decoder, β̃ is that of the step before. Raises ValueError where the network says nothing.
     """
     if pred.extra is None:
         raise ValueError(
@@ -39,7 +39,7 @@ def learned_variance(pred: Prediction, step: Step) -> Tensor:
             "the channels of the picture, such as UNet(1, channels_out=2)"
         )
     frac = (pred.extra + 1) / 2
-    return step.large * (step.small / step.large) ** (1 - frac)
+    return step.large * (step.clipped / step.large) ** (1 - frac)
 
 # %% ../nbs/15_analytic.ipynb #aff7b142
 import math

@@ -177,7 +177,7 @@ def test_each_student_is_the_next_teacher():
     assert all(isinstance(teacher, Clip) for teacher, _ in seen)
     teachers = [teacher.denoiser for teacher, _ in seen]
     assert same(teachers[0], before) and same(first, before)
-    assert teachers[1] is students[4] and teachers[2] is students[2]
+    assert same(teachers[1], students[4]) and same(teachers[2], students[2])
     assert not same(students[4], before) and not same(students[2], students[4])
 
 

@@ -19,10 +19,12 @@ from diffusion_nb.mixtures import GMMDenoiser, random_mixture
 from diffusion_nb.nets.classifier import NoisyClassifier, classifier_loss
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
-from diffusion_nb.samplers.linear import ddim, dpmpp_2m
+from diffusion_nb.samplers.guided import guided_ddpm
+from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
 from diffusion_nb.training.lr import warmup_cosine
 from diffusion_nb.training.trainer import Trainer
+from diffusion_nb.variances import fixed_large, fixed_small
 
 F64 = torch.float64
 MIXTURE, ANY = random_mixture(3), 3
@@ -307,3 +309,43 @@ def test_schedules_must_agree():
 def test_intervals_that_are_none(low, high):
     with pytest.raises(ValueError, match="0 <= low < high <= 1"):
         interval(1.0, low, high)
+
+
+# algorithm 1
+
+
+@pytest.mark.parametrize("var", [fixed_small, fixed_large])
+def test_algorithm_1_moves_the_mean_by_the_variance_times_the_gradient(var):
+    "Step by step, in DDPM's letters; in the last step, where β̃ is 0, the paper's program takes that of the step before."
+    betas, w, T = linear_betas(1000), 2.5, 4
+    best = GMMDenoiser(MIXTURE, DDPMSchedule(betas[:T]))
+    guided, abar = (
+        ClassifierGuidance(Unconditional(best, ANY), read_off(best), w),
+        (1 - betas[:T]).cumprod(0).double(),
+    )
+    x, seen = NOISE(0), []
+    guided_ddpm(guided, x, time_grid(T), noise=NOISE, y=Y, var=var, callback=lambda i, x, pred: seen.append(x))
+    for i in range(T, 0, -1):
+        t, before = torch.tensor(i / T, dtype=F64), abar[i - 2] if i > 1 else torch.ones((), dtype=F64)
+        x_in = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(read_off(best)(x_in, t, Y).sum(), x_in)
+        beta, guess = betas[i - 1].double(), best(x, t, y=torch.full((12,), ANY)).x0
+        mean = (
+            before.sqrt() * beta / (1 - abar[i - 1]) * guess
+            + (1 - beta).sqrt() * (1 - before) / (1 - abar[i - 1]) * x
+        )
+        tilde = (
+            (1 - before) / (1 - abar[i - 1]) * beta if i > 1 else (1 - abar[0]) / (1 - abar[1]) * betas[1].double()
+        )
+        v = tilde if var is fixed_small else beta
+        x = mean + v * w * slope + (v.sqrt() * NOISE(T - i + 1) if i > 1 else 0)
+        torch.testing.assert_close(seen[T - i], x, rtol=1e-9, atol=1e-9)
+
+
+def test_algorithm_1_without_weight_is_ddpm():
+    best = GMMDenoiser(MIXTURE, CHAIN)
+    guided = ClassifierGuidance(Unconditional(best, ANY), read_off(best), 0.0)
+    got = guided_ddpm(guided, NOISE(0), time_grid(5), noise=NOISE, y=Y)
+    torch.testing.assert_close(got, ddpm(Unconditional(best, ANY), NOISE(0), time_grid(5), noise=NOISE))
+    with pytest.raises(ValueError, match="one label for each of 12 samples"):
+        guided_ddpm(guided, NOISE(0), time_grid(5), noise=NOISE, y=Y[:3])

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
 
 from diffusion_nb.denoisers import Denoiser, MeanDenoiser, NetDenoiser, Prediction, predict_eps
-from diffusion_nb.forward import posterior_steps, q_posterior
+from diffusion_nb.forward import chain_steps, posterior_steps, q_posterior
 from diffusion_nb.grids import time_grid, truncated_grid
 from diffusion_nb.likelihood.bits import Bits, bits_per_dim, fitted_variance
 from diffusion_nb.likelihood.lossy import (
@@ -286,7 +286,35 @@ def test_each_step_has_its_noise():
 def test_variance_may_be_a_tensor():
     full = bits_per_dim(EXACT, X, time_grid(5), levels=17, var=lambda pred, step: pred.x0 * 0 + step.large,
                         decoder_var=lambda pred, step: pred.x0 * 0 + step.large)  # fmt: skip
-    close(full.total, bits_per_dim(EXACT, X, time_grid(5), levels=17, var=fixed_large).total)
+    close(
+        full.total, bits_per_dim(EXACT, X, time_grid(5), levels=17, var=fixed_large, decoder_var=fixed_large).total
+    )
+
+
+def test_the_decoder_has_the_variance_that_ddpm_s_program_gives_it():
+    "β̃ of the step before, for either variance of the steps. With the error that DDPM reports, 0.95 of 255, it gives the 1.97 bits that DDPM reports; β of the last step would give 2.09."
+    seen = []
+
+    def decoder(pred, step):
+        seen.append(step)
+        return fixed_small(pred, step)
+
+    for var in (fixed_small, fixed_large):
+        default, named = (bits_per_dim(EXACT, X, time_grid(30), levels=17, var=var, **own) for own in ({}, dict(decoder_var=decoder)))  # fmt: skip
+        assert default.decoder.equal(named.decoder)
+    betas, abar = BETAS, (1 - BETAS).cumprod(0)
+    assert seen[0].clipped == pytest.approx(((1 - abar[0]) / (1 - abar[1]) * betas[1]).item(), rel=1e-9)
+    assert seen[0].small == 0 and seen[0].large == pytest.approx(betas[0].item(), rel=1e-9)
+    step = chain_steps(DDPMSchedule(linear_betas()), time_grid(1000))
+    assert step.clipped[-1].item() == pytest.approx(5.4532e-5, rel=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(20, 236, (100_000,), generator=generator).double() / 127.5 - 1
+    mean = x + 0.95 / 127.5 * torch.randn(100_000, generator=generator, dtype=torch.float64)
+    small, large = (
+        -discretised_log_prob(x, mean, v.sqrt()).mean().item() / math.log(2)
+        for v in (step.clipped[-1], step.large[-1])
+    )
+    assert small == pytest.approx(1.973, abs=0.01) and large == pytest.approx(2.092, abs=0.01)
 
 
 BITS = Bits(F([0.1, 0.3]), F([[1.0, 2, 4], [3, 4, 6]]), F([0.5, 1.5]), F([[4.0, 3, 2, 1], [2, 1, 0, 1]]),

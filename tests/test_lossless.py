@@ -226,7 +226,7 @@ def test_another_number_of_pictures_is_noticed(n):
         (dict(ts=TS.flip(0)), X, None, "fall"),
         (dict(ts=TS[:-1]), X, None, "from 1 to 0"),
         (dict(fineness=0.0), X, None, "positive fineness"),
-        (dict(decoder_var=fixed_small), X, None, "positive variance"),
+        (dict(decoder_var=lambda pred, step: 0.0), X, None, "positive variance"),
     ],
 )  # fmt: skip
 def test_bad_input(options, x, y, message):

@@ -18,6 +18,7 @@ from diffusion_nb.samplers.sde import (
     probability_flow,
     rates,
     ratio_steps,
+    reverse_diffusion,
     reverse_sde,
     sigma_steps,
     solve,
@@ -258,6 +259,29 @@ def test_one_step_written_out():
     seen = []
     predictor_corrector(best, x, ts, noise=noise, callback=lambda i, x, pred: seen.append(x))
     same(seen[0], want)
+
+
+def test_reverse_diffusion_is_the_paper_s_in_its_two_cases():
+    noise, betas = doubles(5), linear_betas(100).double()
+    chain, ve, x, z = DDPMSchedule(linear_betas(100)), VESchedule(), noise(0), noise(1)
+    best, ts, beta = GMMDenoiser(MIXTURE, chain), F(0.4, 0.39), betas[39]
+    got = predictor_corrector(best, x, ts, noise=noise, corrections=0, predictor=reverse_diffusion)
+    same(got, (2 - (1 - beta).sqrt()) * x + beta * best(x, ts[0]).score + beta.sqrt() * z)
+    best, (sigma_t, sigma_s) = GMMDenoiser(MIXTURE, ve), ve(ts)[1]
+    got = predictor_corrector(best, x, ts, noise=noise, corrections=0, predictor=reverse_diffusion)
+    gap = sigma_t**2 - sigma_s**2
+    same(got, x + gap * best(x, ts[0]).score + gap.sqrt() * z)
+
+
+@pytest.mark.parametrize("schedule", [VPSchedule(), VESchedule(0.02, 10.0)], ids=["vp", "ve"])
+def test_both_predictors_end_in_one_place_as_steps_get_short(schedule):
+    best, noise = GMMDenoiser(GAUSS, schedule), doubles(400)
+    apart = []
+    for n in (50, 500):
+        ts = time_grid(n, end=0.05)
+        a, b = (predictor_corrector(best, schedule(ts[0])[1] * noise(0), ts, noise=noise, corrections=0, predictor=p) for p in (euler_maruyama, reverse_diffusion))  # fmt: skip
+        apart.append((a - b).norm(dim=1).mean().item())
+    assert apart[1] < apart[0] / 5 and apart[0] > 1e-4
 
 
 def test_a_walk_tells_its_steps():

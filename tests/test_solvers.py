@@ -259,6 +259,26 @@ def test_churn_only_in_its_range_and_not_above_the_schedule():
     assert best.times[19] == 1.0 and torch.isfinite(x).all()  # at the top there is nowhere to go
 
 
+@pytest.mark.parametrize("n", [3, 20])
+@pytest.mark.parametrize("lower", [True, False])
+def test_the_last_step_of_2m_above_the_data_is_theirs(lower, n):
+    theirs = DPMSolverMultistepScheduler(1000, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", prediction_type="sample",
+                                         final_sigmas_type="sigma_min", lower_order_final=lower, euler_at_final=lower)  # fmt: skip
+    theirs.set_timesteps(n)
+    ts = torch.cat([(theirs.timesteps + 1) / 1000, torch.tensor([0.001])]).double()
+    theirs = their_sigmas(theirs, ts)
+    best = GMMDenoiser(MIXTURE, CHAIN)
+    want = x = NOISE(0)
+    for t, label in zip(ts[:-1], theirs.timesteps, strict=True):
+        want = theirs.step(best(want, t).x0, label, want).prev_sample
+    torch.testing.assert_close(dpmpp_2m(best, x, ts, lower_order_final=lower), want, rtol=0, atol=1e-5)
+
+
+def test_without_noise_at_the_end_the_last_step_is_the_guess():
+    best, ts = GMMDenoiser(MIXTURE, CHAIN), time_grid(7)
+    assert dpmpp_2m(best, NOISE(0), ts, lower_order_final=False).equal(dpmpp_2m(best, NOISE(0), ts))
+
+
 def test_no_churn_leaves_the_times_as_they_are():
     ts = time_grid(20)[:-1]
     assert torch.equal(churned(EDMSchedule(), ts, 0.0, 0.0, math.inf), ts)

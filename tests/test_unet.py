@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion_nb.nets.unet import Attention, Down, ResBlock, UNet, Up, norm, time_embedding
+from diffusion_nb.denoisers import NetDenoiser, predict_v, step_index
+from diffusion_nb.nets.unet import Attention, Down, ResBlock, UNet, Up, cos_first_embedding, norm, time_embedding
 from diffusion_nb.noise import Noise
+from diffusion_nb.schedules import CosineSchedule
 
 X, EMB = Noise(range(2), (8, 4, 4))(0), Noise(range(2), (16,))(1)
 
@@ -70,3 +72,27 @@ def test_what_changes_the_size_of_pictures(biggan, down, up):
         alone = [getattr(m, "resize", m) for m in layers if not isinstance(m, nn.ModuleList)]
         assert len(alone) == 2 and all(isinstance(m, kind) for m in alone)
     assert net(torch.zeros(2, 1, 8, 8), torch.zeros(2)).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("embed, last, order", [(time_embedding, 3, 1), (cos_first_embedding, 4, -1)])
+def test_a_time_is_embedded_in_its_own_precision(embed, last, order):
+    t = torch.tensor([0.0, 37.0, 999.37], dtype=torch.float64)
+    angles = torch.tensor([[v * 10_000 ** (-k / last) for k in range(4)] for v in t.tolist()], dtype=torch.float64)
+    want = torch.cat([angles.sin(), angles.cos()][::order], 1)
+    assert (embed(t, 8) - want).abs().max() < 1e-12
+    assert embed(t.float(), 8).dtype == torch.float32 and 1e-7 < (embed(t.float(), 8) - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_network_hears_the_time_in_the_precision_of_its_pictures(dtype):
+    heard, t = [], torch.tensor(0.1234567890123, dtype=torch.float64)
+    denoiser = NetDenoiser(
+        lambda x, time: heard.append(time) or x, CosineSchedule(), predict_v, c_noise=lambda t: t
+    )
+    denoiser(torch.zeros(2, 1, 4, 4, dtype=dtype), t)
+    assert heard[0].dtype == dtype and heard[0].equal(t.to(dtype).expand(2))
+
+
+def test_steps_are_counted_from_0_as_the_published_networks_were_told_them():
+    t = torch.tensor([1, 500, 1000], dtype=torch.float64) / 1000
+    assert step_index()(t).tolist() == [0, 499, 999] and step_index(50)(torch.tensor(0.5)) == 24

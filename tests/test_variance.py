@@ -101,29 +101,32 @@ def test_variance_is_between_and_numbers_and_tensors_agree(t, part, frac):
 # the bound, against torch.distributions
 
 
+@pytest.mark.parametrize("decoder", [learned_variance, fixed_small, fixed_large])
 @pytest.mark.parametrize("name", BETAS)
-def test_bound_terms_are_those_of_torch_distributions(name):
+def test_bound_terms_are_those_of_torch_distributions(name, decoder):
     T, levels = 1000, 17
     schedule, t = DDPMSchedule(BETAS[name]), torch.tensor([1, 2, 3, 20, 200, 500, 800, 950], dtype=F64) / 1000
     x0 = (draw(0).clamp(-1, 1) * 8).round() / 8
     x_t = q_sample(schedule, x0, t, draw(1))
     alpha, sigma = (expand_as(c, x0) for c in schedule(t))
     pred = Prediction(x_t, alpha, sigma, x0 + expand_as(torch.where(t < 0.0015, 0.02, 0.1), x0) * draw(2), draw(3))
-    got = vlb_term(schedule, pred, x0, t, T, levels, learned_variance)
+    got = vlb_term(schedule, pred, x0, t, T, levels, learned_variance, decoder)
     for i, (k, own) in enumerate(zip((t * T).round().int().tolist(), t, strict=True)):
         abar = (1 - BETAS[name]).cumprod(0)
         beta, now, before = BETAS[name][k - 1], abar[k - 1], abar[k - 2] if k > 1 else torch.ones((), dtype=F64)
-        tilde = (1 - before) / (1 - now) * beta
+        tilde = (1 - before) / (1 - now) * beta if k > 1 else (1 - now) / (1 - abar[1]) * BETAS[name][1]
+        frac = {learned_variance: (pred.extra[i] + 1) / 2, fixed_small: 0, fixed_large: 1}[
+            decoder if k == 1 else learned_variance
+        ]
+        v = (frac * beta.log() + (1 - frac) * tilde.log()).exp()
         a, b = (1 - beta).sqrt() * (1 - before) / (1 - now), before.sqrt() * beta / (1 - now)
         mean, guess = a * x_t[i] + b * x0[i], a * x_t[i] + b * pred.x0[i]
         if k == 1:
-            p, half = Normal(guess, beta.sqrt()), 1 / (levels - 1)
+            p, half = Normal(guess, v.sqrt()), 1 / (levels - 1)
             right = torch.where(x0[i] > 0.99, 1.0, p.cdf(x0[i] + half))
             left = torch.where(x0[i] < -0.99, 0.0, p.cdf(x0[i] - half))
             want = -(right - left).log().mean()
         else:
-            frac = (pred.extra[i] + 1) / 2
-            v = (frac * beta.log() + (1 - frac) * tilde.log()).exp()
             want = kl_divergence(Normal(mean, tilde.sqrt()), Normal(guess, v.sqrt())).mean()
         assert got[i].item() == pytest.approx(T * want.item(), rel=1e-7), own
 
@@ -133,9 +136,8 @@ def test_hybrid_loss_is_the_sum_and_its_guess_hears_only_the_first():
     denoiser = NetDenoiser(Speaker().double(), DDPMSchedule(linear_betas(50)), predict_v)
     x0, eps, t = (draw(0).clamp(-1, 1) * 8).round() / 8, draw(1), chain_times(T)(torch.rand(8, dtype=F64))
     got = hybrid_loss(T, 17, weight)(denoiser, x0, t, eps)
-    want = denoising_loss(denoiser, x0, t, eps) + weight * bound_loss(T, 17, learned_variance)(
-        denoiser, x0, t, eps
-    )
+    bound = bound_loss(T, 17, learned_variance, learned_variance)
+    want = denoising_loss(denoiser, x0, t, eps) + weight * bound(denoiser, x0, t, eps) / math.log(2)
     torch.testing.assert_close(got, want)
     w = denoiser.net.w
     (hybrid,), (simple,) = (

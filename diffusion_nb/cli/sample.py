@@ -215,10 +215,11 @@ def bits(args: BitsOptions) -> int:
         result = measure(vdm_bits, pictures.x_test, pictures.y_test, times=args.steps)
         parts = dict(prior=result.prior.mean(), diffusion=result.diffusion.mean(), decoder=result.decoder.mean())
     else:
-        ts, var = (
-            truncated_grid(args.steps, args.end),
-            {"var": {"small": fixed_small, "large": fixed_large}.get(args.variance, fixed_large)},
-        )
+        ts = truncated_grid(args.steps, args.end)
+        var = {
+            "var": fixed_small if args.variance == "small" else fixed_large,
+            "decoder_var": fixed_large if args.end else fixed_small,
+        }
         if args.variance == "fitted":
             best = fitted_variance(measure(bits_per_dim, pictures.x, pictures.y, ts, **var))
             var = {"var": best, "decoder_var": best}

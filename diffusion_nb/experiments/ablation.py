@@ -64,7 +64,7 @@ def ablation_denoiser(r: AblationRecipe, target: str, seed: int) -> Denoiser:
 def ablation_loss(r: AblationRecipe, target: str, loss: str, var: Callable) -> Callable:
     "L, or L_simple: the plain error of what the network predicts."
     if loss == "L":
-        return bound_loss(r.T, 17, var)
+        return bound_loss(r.T, 17, var, fixed_large)
     return partial(denoising_loss, weight=snr if target == "eps" else vlb_weight(r.T, lambda pred, step: 0.5))
 
 
@@ -74,7 +74,9 @@ def ablation_numbers(denoiser: Denoiser, r: AblationRecipe, var: Callable) -> li
     data, y = digits(), torch.arange(300) % 10
     noise, denoiser = Noise(range(300), (1, 8, 8)), Clip(denoiser)
     x = (8 * ddpm(denoiser, noise(0), time_grid(r.T), noise=noise, var=var, y=y)).round() / 8
-    bits = bits_per_dim(denoiser, data.x_test, time_grid(r.T), levels=17, var=var, y=data.y_test)
+    bits = bits_per_dim(
+        denoiser, data.x_test, time_grid(r.T), levels=17, var=var, decoder_var=fixed_large, y=data.y_test
+    )
     scores = evaluate(x, y)
     return [scores.frechet.item(), scores.recognised.item(), bits.total.mean().item()]
 

@@ -53,13 +53,13 @@ def plain(T: int) -> tuple[Callable, Callable]:
 
 def hybrid(T: int) -> tuple[Callable, Callable]:
     "L_hybrid, and uniform times."
-    return hybrid_loss(T, LEVELS), chain_times(T)
+    return hybrid_loss(T, LEVELS, 0.001 * math.log(2), fixed_large), chain_times(T)
 
 
 def bound_alone(T: int) -> tuple[Callable, Callable]:
     "L_vlb, and times drawn by importance."
     history = LossSecondMomentSampler(T)
-    return importance_weighted(bound_loss(T, LEVELS, learned_variance), history), history
+    return importance_weighted(bound_loss(T, LEVELS, learned_variance, fixed_large), history), history
 
 
 WAYS = {  # how to train: betas, (loss, times), channels out, how many seeds at most
@@ -109,9 +109,8 @@ def bounds_numbers(denoiser: NetDenoiser) -> Float[Tensor, "2 4"]:
     last = handover(denoiser.schedule)
     speaks = denoiser.net.head[-1].out_channels > 1  # of the variance
     x, y, stop = data.x_test[:n], data.y_test[:n], torch.tensor([1, last / T, 0], dtype=torch.float64)
-    bits = bits_per_dim(
-        model, x, time_grid(T), levels=LEVELS, var=learned_variance if speaks else fixed_large, y=y
-    )
+    var = learned_variance if speaks else fixed_large
+    bits = bits_per_dim(model, x, time_grid(T), levels=LEVELS, var=var, decoder_var=fixed_large, y=y)
     other = bits_per_dim(model, data.x[:n], stop, levels=LEVELS, var=fixed_large, y=data.y[:n])
     ended = bits_per_dim(model, x, stop, levels=LEVELS, var=fixed_large, decoder_var=fitted_variance(other), y=y)
     best = lambda pred, step: step.small + step.b**2 * bits.mse[:, :-1].mean(0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..denoisers import Denoiser, check_cond
-from ..forward import Step, posterior_steps, q_sample
+from ..forward import Step, chain_steps, posterior_steps, q_sample
 from ..grids import time_grid
 from ..losses.bound import discretised_log_prob, posterior_kl, prior_kl
 from ..noise import Noise
@@ -89,12 +89,12 @@ def check_decoder(denoiser: Denoiser, x: Tensor, t: Tensor, step: Step, decoder_
     pred = denoiser(x[:1], t, **{name: values[:1] for name, values in cond.items()})
     if not (torch.as_tensor(decoder_var(pred, step)) > 0).all():
         raise ValueError(
-            "decoder_var: expected a positive variance for the last step; `fixed_small` is 0 there, `fixed_large` is DDPM's choice"
+            "decoder_var: expected a positive variance for the last step, such as `fixed_small`, DDPM's choice"
         )
 
 
 def bits_per_dim(denoiser: Denoiser, x: Float[Tensor, "n *d"], ts: Float[Tensor, " k+2"] | None = None, *, levels: int = 256,
-                 var: Callable = fixed_small, decoder_var: Callable = fixed_large, seeds: Sequence[int] | None = None,
+                 var: Callable = fixed_small, decoder_var: Callable = fixed_small, seeds: Sequence[int] | None = None,
                  batch: int = 256, **cond: Tensor) -> Bits:  # fmt: skip
     """The variational bound on -log₂ p(x), term by term, in bits a coordinate; one draw of noise a picture and step. (DDPM-3, DDPM-5, DDPM-13)
 
@@ -102,7 +102,8 @@ def bits_per_dim(denoiser: Denoiser, x: Float[Tensor, "n *d"], ts: Float[Tensor,
     ----------
     x: pictures whose numbers are `levels` levels from -1 to 1; on the device of the denoiser.
     ts: falling times from 1 to 0, two or more steps; `time_grid(1000)` if not given. The last step, from ts[-2], is the discretised decoder.
-    var, decoder_var: (pred, step) ↦ the variance of a step, and of the decoder (which must not be 0).
+    var, decoder_var: (pred, step) ↦ the variance of a step, and of the decoder, which must not be 0. `fixed_small`, there β̃ of the step before, is DDPM's, for equal steps;
+    where the last step is a long one, as in `truncated_grid`, take `fixed_large` or a fitted variance.
     seeds: of the noise, one a picture (0 … n-1 if not given). A picture's bits do not depend on the batch it is in.
     cond: what belongs to each picture, such as y=labels.
     Raises ValueError for pictures off the grid of levels and for times that do not fall from 1 to 0.
@@ -116,7 +117,7 @@ def bits_per_dim(denoiser: Denoiser, x: Float[Tensor, "n *d"], ts: Float[Tensor,
             f"ts: expected times from 1 to 0, two steps or more; got {len(ts) - 1} from {ts[0]:g} to {ts[-1]:g}"
         )
     check_cond(denoiser, len(x), {"seeds": seeds, **cond})
-    coefficients = posterior_steps(denoiser.schedule, ts[1:], ts[:-1])
+    coefficients = chain_steps(denoiser.schedule, ts)
     steps = [Step._make(row) for row in zip(*(c.tolist() for c in coefficients), strict=True)]
     check_decoder(denoiser, x, ts[-2], steps[-1], decoder_var, cond)
     parts = []

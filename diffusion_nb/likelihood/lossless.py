@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..denoisers import Denoiser, check_cond
-from ..forward import Step, posterior_steps, transition
+from ..forward import Step, chain_steps, transition
 from .bits import check_levels
 from ..util.checks import check_finite, check_sampling
-from ..variances import fixed_large
+from ..variances import fixed_small
 
 # %% ../../nbs/16_zip.ipynb #d98b6e8d
 FLOOR = 2**64  # a stack never gets smaller
@@ -99,9 +99,7 @@ def normal_tables(grid: Grid, mean: Tensor, var: Tensor | float) -> list[NormalT
     "One table a coordinate."
     std = torch.as_tensor(var, dtype=torch.float64).sqrt().expand_as(mean)
     if not (std > 0).all():
-        raise ValueError(
-            "var, decoder_var: expected a positive variance; `fixed_small` is 0 in the last step, `fixed_large` is DDPM's choice"
-        )
+        raise ValueError("var, decoder_var: expected a positive variance in every step")
     return [NormalTable(grid, m, s) for m, s in zip(mean.flatten().tolist(), std.flatten().tolist(), strict=True)]
 
 # %% ../../nbs/16_zip.ipynb #13308a9d
@@ -128,7 +126,7 @@ class LosslessCodec(NamedTuple):
     ts: Float[Tensor, " k+2"]
     levels: int
     var: Callable
-    decoder_var: Callable = fixed_large
+    decoder_var: Callable = fixed_small
     fineness: float = 0.25
     initial: int = 1024
     classes: int = 0
@@ -152,7 +150,7 @@ class LosslessCodec(NamedTuple):
             transition(self.denoiser.schedule, ts[:-1], ts[1:]),
         )
         shrink[0], var[0] = alpha[0], sigma[0] ** 2  # z_1 is made from the picture, also where sigma(0) > 0
-        steps = posterior_steps(self.denoiser.schedule, ts[:-1], ts[1:])
+        steps = Step._make(c.flip(0) for c in chain_steps(self.denoiser.schedule, ts.flip(0)))
         narrow = torch.minimum(var, torch.cat([steps.small[1:], var[-1:]])).sqrt() * self.fineness
         reach = alpha + 6 * sigma
         half = 1 / (self.levels - 1)

@@ -85,10 +85,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..denoisers import Prediction
-from ..forward import Step, posterior_steps, q_sample
+from ..forward import Step, chain_steps, posterior_steps, q_sample
 from ..schedules import Schedule
-from ..util.checks import expand_as
-from ..variances import fixed_large
+from ..util.checks import check_numbers, expand_as
+from ..variances import fixed_large, fixed_small
 
 # %% ../../nbs/08_likelihood.ipynb #106fe8f6
 def log_cdf(z: Tensor) -> Tensor:
@@ -120,55 +120,65 @@ def discretised_log_prob(
 
 # %% ../../nbs/08_likelihood.ipynb #282173f1
 def vlb_term(schedule: Schedule, pred: Prediction, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], steps: int, levels: int,
-                var: Callable = fixed_large) -> Float[Tensor, " b"]:  # fmt: skip
+                var: Callable = fixed_large, decoder_var: Callable = fixed_small) -> Float[Tensor, " b"]:  # fmt: skip
     """`steps` times L_{t-1} (L_0 at t = 1/steps) of a guess made at t = 1/steps … 1, nats a coordinate. (DDPM-5)
 
-    var: (pred, step) ↦ the variance of the step; the decoder's is DDPM's β.
+    var, decoder_var: (pred, step) ↦ the variance of the step, and of the decoder; `fixed_small` is there β̃ of the step before, as in DDPM's program.
     """
-    t = t.double()
-    step = Step._make(expand_as(c, x0) for c in posterior_steps(schedule, (t - 1 / steps).clamp(min=0), t))
-    last = t * steps < 1.5
-    not_zero = torch.where(
-        step.small > 0, step.small, step.large
-    )  # at the last step, where the divergence is not used
-    kl = posterior_kl(pred, x0, step._replace(small=not_zero), var)
+    i = (t.double() * steps).round()
+    step = posterior_steps(schedule, (i - 1) / steps, i / steps)
+    before_last = chain_steps(
+        schedule, torch.arange(2, -1, -1, dtype=torch.float64, device=t.device) / steps
+    ).small[0]
+    clipped = torch.where(step.small > 0, step.small, before_last)
+    step = Step._make(expand_as(c, x0) for c in step._replace(clipped=clipped))
+    last = i == 1
+    kl = posterior_kl(pred, x0, step._replace(small=step.clipped), var)  # at the last step it is not used
     mean = torch.where(
         expand_as(last, x0) > 0, step.a * pred.x_t + step.b * pred.x0, x0
     )  # 0 times a huge gradient is not 0
-    decoder = -discretised_log_prob(x0, mean, step.large.sqrt(), levels)
+    decoder = -discretised_log_prob(x0, mean, decoder_var(pred, step).sqrt(), levels)
     return torch.where(last, decoder.flatten(1).sum(1), kl) * steps / x0[0].numel()
 
 
-def bound_loss(steps: int, levels: int, var: Callable = fixed_large) -> Callable:
-    """The loss (denoiser, x0, t, eps, **cond) ↦ `vlb_term`: DDPM's L, for t uniform on 1/steps … 1. (DDPM-5)
+def bound_loss(
+    steps: int, levels: int, var: Callable = fixed_large, decoder_var: Callable = fixed_small
+) -> Callable:
+    """The loss (denoiser, x0, t, eps, **cond) ↦ `vlb_term`: DDPM's L, for t uniform on 1/steps … 1, two steps or more. (DDPM-5)
 
     `Trainer` draws such times with `time_sampler=chain_times(steps)`.
     """
+    check_numbers(steps=(steps, 2), levels=(levels, 2))
 
     def loss(denoiser, x0, t, eps, **cond):
         pred = denoiser(q_sample(denoiser.schedule, x0, t, eps), t, **cond)
-        return vlb_term(denoiser.schedule, pred, x0, t, steps, levels, var)
+        return vlb_term(denoiser.schedule, pred, x0, t, steps, levels, var, decoder_var)
 
     return loss
 
 # %% ../../nbs/14_iddpm.ipynb #bb108ecc
+import math
 from collections.abc import Callable
+from functools import partial
 
 from ..forward import q_sample
 from .simple import snr
 from ..variances import learned_variance
 
 # %% ../../nbs/14_iddpm.ipynb #ba769b44
-def hybrid_loss(steps: int, levels: int, weight: float = 0.001) -> Callable:
+def hybrid_loss(
+    steps: int, levels: int, weight: float = 0.001, decoder_var: Callable = learned_variance
+) -> Callable:
     """The loss (denoiser, x0, t, eps, **cond) ↦ L_simple + weight · L_vlb, for t uniform on 1/steps … 1. (SUR-lv; Nichol and Dhariwal 2021, eq. 16)
 
-    L_vlb is `vlb_term`, in nats a coordinate, with the variance `learned_variance` and the guess detached: it teaches the variance alone.
+    L_vlb is `vlb_term` in bits a coordinate, as in the paper's program, with `learned_variance` for the steps and the decoder; the guess is detached: L_vlb teaches the variance alone.
     """
+    bound = partial(vlb_term, steps=steps, levels=levels, var=learned_variance, decoder_var=decoder_var)
 
     def loss(denoiser, x0, t, eps, **cond):
         pred = denoiser(q_sample(denoiser.schedule, x0, t, eps), t, **cond)
         simple = snr(denoiser.schedule, t).to(x0.dtype) * (pred.x0 - x0).square().flatten(1).mean(1)
         frozen = pred._replace(x0=pred.x0.detach())
-        return simple + weight * vlb_term(denoiser.schedule, frozen, x0, t, steps, levels, learned_variance)
+        return simple + weight / math.log(2) * bound(denoiser.schedule, frozen, x0, t)
 
     return loss

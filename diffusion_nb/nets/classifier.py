@@ -37,7 +37,7 @@ from functools import partial
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..denoisers import scaled_time
+from ..denoisers import scaled_time, told_time
 from ..forward import q_sample
 from .unet import ResBlock, norm, time_embedding
 from ..schedules import Schedule
@@ -69,7 +69,7 @@ class NoisyClassifier(nn.Module):
         self.head = nn.Sequential(norm(w), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * w, 10))
 
     def logits(self, x_t: Float[Tensor, "b 1 h w"], t: Float[Tensor, "*b"]) -> Float[Tensor, "b 10"]:
-        emb = self.embed(time_embedding(scaled_time(t).float().expand(len(x_t)), self.width))
+        emb = self.embed(time_embedding(told_time(scaled_time(t), x_t), self.width))
         h = self.stem(x_t)
         for block in self.blocks:
             h = block(h, emb)

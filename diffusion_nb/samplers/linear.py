@@ -184,24 +184,28 @@ def ode_steps(schedule: Schedule, s: Float[Tensor, " n"], t: Float[Tensor, " n"]
     return a, -alpha_s * torch.expm1(-h), h
 
 # %% ../../nbs/12_solvers.ipynb #22ff0e9f
-def _reach(h: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    "How far the guess of each step is extrapolated to be that of its middle, in units of the last step; 0 in the first step and in the last. (DPM-Solver++, 2M)"
+def _reach(h: Float[Tensor, " n"], lower_order_final: bool = True) -> Float[Tensor, " n"]:
+    "How far the guess of each step is extrapolated to be that of its middle, in units of the last step; 0 in the first step, where h is infinite, and in the last if asked. (DPM-Solver++, 2M)"
     reach = torch.zeros_like(h)
-    reach[1:-1] = h[1:-1] / h[:-2] / 2
+    reach[1:] = torch.where(h[1:].isfinite(), h[1:] / h[:-1] / 2, 0)
+    if lower_order_final:
+        reach[-1] = 0
     return reach
 
 
 @torch.no_grad()
 def dpmpp_2m(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, noise: Callable[[int], Tensor] | None = None,
-             callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
+             lower_order_final: bool = True, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
     """DPM-Solver++ (2M): second order, one call a step; nothing is random. (Lu et al. 2022, DPM-Solver++, algorithm 2)
 
-    Parameters are those of `ddpm`; `noise` is not used. First and last step are DDIM's. Raises ValueError as `check_sampling` does.
+    Parameters are those of `ddpm`; `noise` is not used. The first step is DDIM's, and so is one that ends where sigma is 0.
+    lower_order_final: whether the last step is DDIM's wherever it ends, as in DPM-Solver's program for fewer than ten steps; k-diffusion says no.
+    Raises ValueError as `check_sampling` does.
     """
     check_sampling(x, ts, noise, denoiser)
     ts = ts.to(x.device, torch.float64)
     a, b, h = ode_steps(denoiser.schedule, ts[1:], ts[:-1])
-    return linear_walk(denoiser, x, ts, a, b, None, noise, callback, cond, reach=_reach(h))
+    return linear_walk(denoiser, x, ts, a, b, None, noise, callback, cond, reach=_reach(h, lower_order_final))
 
 
 @torch.no_grad()
