@@ -218,7 +218,7 @@ def both(channels: tuple[int, ...], layers: int, attention: tuple[int, ...], con
 def agree(ours, theirs, x, t, y=None):
     "Outputs, and the gradients of a loss with respect to the input, agree."
     results = []
-    for net in (lambda x, t: ours(x, t, y), lambda x, t: theirs(x, t, class_labels=y).sample):
+    for net in (lambda x, t: ours(x, t.float(), y), lambda x, t: theirs(x, t, class_labels=y).sample):
         x = x.detach().requires_grad_()
         out = net(x, t)
         out.square().mean().backward()

@@ -1,0 +1,131 @@
+"""Published weights: names, numbers, orders of channels; there and back; what is refused."""
+
+import hashlib
+
+import pytest
+import torch
+
+from diffusion_nb.models.openai import PUBLISHED, fill_openai, layers, load_openai, names, reordered
+from diffusion_nb.nets.unet import ADM, IMPROVED, Attention, UNet, parameters
+from diffusion_nb.variances import learned_variance
+
+SIZES = {  # how many tensors and parameters, and a hash of the names, as their programs make them
+    "cifar10_uncond_50M_500K": (446, 52_546_438, "76a9e2cfd3634d68"),
+    "imagenet64_uncond_100M_1500K": (450, 121_063_942, "13ffbe9d45c5be2e"),
+    "imagenet64_cond_270M_250K": (451, 273_049_350, "34c91c1b369cc6c0"),
+    "lsun_uncond_100M_1200K_bs128": (426, 113_676_678, "7802549aefe55d2f"),
+    "64x64_diffusion": (541, 295_904_454, "a761555b497d81ab"),
+    "128x128_diffusion": (493, 421_529_606, "a7de044d796b4e43"),
+    "256x256_diffusion": (567, 553_838_086, "0daba198b08e3157"),
+    "256x256_diffusion_uncond": (566, 552_814_086, "3ce9da73fa7c0a94"),
+    "512x512_diffusion": (645, 558_997_638, "975cde2a885235a5"),
+    "64_256_upsampler": (567, 311_795_910, "0daba198b08e3157"),
+    "128_512_upsampler": (537, 308_835_270, "f2944331cd9f1147"),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_published_network_has_their_names_and_numbers(name):
+    with torch.device("meta"):
+        net = UNet(**dict(channels=3, channels_out=6) | PUBLISHED[name].options)
+    theirs = sorted(names(net).values())
+    digest = hashlib.sha256("\n".join(theirs).encode()).hexdigest()[:16]
+    assert (len(theirs), parameters(net), digest) == SIZES[name]
+    assert set(names(net)) == set(net.state_dict())
+
+
+SMALL = dict(channels=3, channels_out=6, width=8, mults=(1, 2), blocks=1, attention=(0, 1))
+KINDS = {
+    "ADM": SMALL | ADM | dict(head_width=4, classes=7),
+    "improved": SMALL | IMPROVED | dict(heads=2),
+    "one head": SMALL | IMPROVED | dict(heads=1, scale_shift=False),
+}
+
+
+def as_theirs(net: UNet, together: bool) -> dict[str, torch.Tensor]:
+    "The weights as their program would hold them: convolutions of length 1 in the attention, and each head's q, k and v side by side."
+    heads = {ours: part.heads for ours, _, part in layers(net) if isinstance(part, Attention)}
+    found = {}
+    for ours, theirs in names(net).items():
+        v, layer = net.state_dict()[ours], ours.rpartition(".")[0]
+        block, _, last = layer.rpartition(".")
+        if last == "qkv" and together:
+            rows = v.unflatten(0, (3, heads[block], -1))
+            v = torch.cat([rows[kind, head] for head in range(heads[block]) for kind in range(3)])
+        found[theirs] = v[..., None] if last in {"qkv", "out"} and block in heads and v.ndim == 2 else v
+    return found
+
+
+def fresh(kind: str, seed: int) -> UNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = UNet(**KINDS[kind])
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+    return net.eval()
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_their_layout_gives_the_same_function(kind, together):
+    net, other = fresh(kind, 0), fresh(kind, 1)
+    fill_openai(other, as_theirs(net, together), together)
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 877.0])
+    y = torch.tensor([1, 6]) if "classes" in KINDS[kind] else None
+    assert net(x, t, y).std() > 0.1 and other(x, t, y).equal(net(x, t, y))
+
+
+def test_the_order_of_heads_matters_and_is_theirs():
+    "Rows by head (q, k, v of the first, then of the second) become all q, all k, all v."
+    rows = torch.arange(12.0)[:, None]
+    assert reordered(rows, 2)[:, 0].tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
+    assert reordered(rows, 1).equal(rows)
+    net = fresh("ADM", 0)
+    wrong = fresh("ADM", 1)
+    fill_openai(wrong, as_theirs(net, True), together=False)
+    assert not wrong.down[0][1].qkv.weight.equal(net.down[0][1].qkv.weight)
+
+
+def test_a_file_becomes_a_denoiser_that_is_told_what_it_was_trained_with(tmp_path, monkeypatch):
+    from diffusion_nb.models import openai
+
+    small = openai.Published(KINDS["improved"], 4000, openai.cosine_betas, scaled=True)
+    monkeypatch.setitem(PUBLISHED, "small", small)
+    net, file = fresh("improved", 0), tmp_path / "small.pt"
+    torch.save(as_theirs(net, True), file)
+    denoiser, x, t = load_openai(file), torch.zeros(1, 3, 8, 8), torch.tensor(0.5, dtype=torch.float64)
+    told = []
+    denoiser.net.register_forward_pre_hook(lambda module, args: told.append(args[1].item()))
+    pred = denoiser(x, t)
+    assert told == [pytest.approx(1999 * 0.25)]
+    assert denoiser.schedule.T == 4000 and pred.eps.allclose(net(x, torch.tensor([1999 * 0.25]))[:, :3], atol=1e-4)
+    assert learned_variance(pred, denoiser_step(denoiser)).shape == x.shape
+    assert not any(p.requires_grad for p in denoiser.parameters())
+
+
+def denoiser_step(denoiser):
+    from diffusion_nb.forward import Step, posterior_steps
+
+    step = posterior_steps(denoiser.schedule, torch.tensor(0.4), torch.tensor(0.5))
+    return Step._make(c.item() for c in step)
+
+
+def test_other_weights_are_refused(tmp_path):
+    net = fresh("ADM", 0)
+    with pytest.raises(ValueError, match="does not fit the network"):
+        fill_openai(fresh("improved", 0), as_theirs(net, True))
+    torch.save(as_theirs(net, True), tmp_path / "64x64_diffusion.pt")
+    with pytest.raises(ValueError, match="known are cifar10_uncond_50M_500K"):
+        load_openai(tmp_path / "64x64_diffusion.pt", "mine")
+
+
+class Runs:
+    def __reduce__(self):
+        return print, ("code from a file of weights",)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
+    torch.save({"time_embed.0.weight": Runs()}, tmp_path / "256x256_diffusion_uncond.pt")
+    with pytest.raises(ValueError):
+        load_openai(tmp_path / "256x256_diffusion_uncond.pt")
+    assert "code" not in capsys.readouterr().out
