@@ -1,12 +1,24 @@
 """Published weights: names, numbers, orders of channels; there and back; what is refused."""
 
 import hashlib
+import json
 
+import diffusers
 import pytest
 import torch
 
+from diffusion_nb.denoisers import Clip, NetDenoiser, predict_v, step_index
+from diffusion_nb.models.diffusers import (
+    betas_of,
+    load_diffusers,
+    save_diffusers,
+    unet_from_diffusers,
+    unet_to_diffusers,
+)
 from diffusion_nb.models.openai import PUBLISHED, fill_openai, layers, load_openai, names, reordered
 from diffusion_nb.nets.unet import ADM, IMPROVED, Attention, UNet, parameters
+from diffusion_nb.samplers.linear import ddim
+from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, cosine_betas, linear_betas
 from diffusion_nb.variances import learned_variance
 
 SIZES = {  # how many tensors and parameters, and a hash of the names, as their programs make them
@@ -129,3 +141,79 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError):
         load_openai(tmp_path / "256x256_diffusion_uncond.pt")
     assert "code" not in capsys.readouterr().out
+
+
+# diffusers
+
+
+def theirs(**options) -> diffusers.UNet2DModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return diffusers.UNet2DModel(**dict(sample_size=8, layers_per_block=1, block_out_channels=(128, 160), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                                            up_block_types=("AttnUpBlock2D", "UpBlock2D")) | options).eval()  # fmt: skip
+
+
+DDPM = dict(downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, attention_head_dim=None)
+X, T5 = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([5.0, 640.0])
+
+
+@pytest.mark.parametrize("options", [DDPM, dict(num_class_embeds=7, attention_head_dim=32), dict(out_channels=6, attention_head_dim=None)])  # fmt: skip
+def test_their_unet_becomes_ours_and_theirs_again(options):
+    net, y = theirs(**options), torch.tensor([1, 6]) if "num_class_embeds" in options else None
+    ours = unet_from_diffusers(dict(net.config), net.state_dict()).eval()
+    want = net(X, T5, class_labels=y).sample
+    torch.testing.assert_close(ours(X, T5, y), want, rtol=0, atol=1e-5)
+    config, tensors = unet_to_diffusers(ours)
+    back = diffusers.UNet2DModel.from_config(config).eval()
+    back.load_state_dict(tensors)
+    assert back(X, T5, class_labels=y).sample.equal(want) and want.std() > 0.1
+
+
+@pytest.mark.parametrize("predict", ["epsilon", "v_prediction"])
+def test_a_pipeline_of_theirs_draws_the_same_pictures_from_what_is_written(predict, tmp_path):
+    net = unet_from_diffusers(dict(theirs(**DDPM).config), theirs(**DDPM).state_dict()).eval()
+    kind = {} if predict == "epsilon" else {"predict": predict_v}
+    ours = NetDenoiser(net, DDPMSchedule(linear_betas(1000)), c_noise=step_index(1000), **kind)
+    save_diffusers(ours, tmp_path / "pipe")
+    pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / "pipe")
+    scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(10)
+    x = X
+    with torch.no_grad():
+        for k in scheduler.timesteps:
+            x = scheduler.step(pipe.unet(x, k).sample, k, x, use_clipped_model_output=True).prev_sample
+    ts = torch.cat([(scheduler.timesteps + 1) / 1000, torch.zeros(1)]).double()
+    again = load_diffusers(tmp_path / "pipe")
+    for denoiser in (ours, again):
+        torch.testing.assert_close(ddim(Clip(denoiser), X, ts), x, rtol=0, atol=1e-4)
+    assert x.std() > 0.1
+
+
+def test_betas_are_theirs():
+    for kind in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        want = diffusers.DDPMScheduler(500, beta_start=2e-4, beta_end=0.03, beta_schedule=kind).betas.double()
+        got = betas_of(dict(num_train_timesteps=500, beta_start=2e-4, beta_end=0.03, beta_schedule=kind))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        betas_of({"trained_betas": [0.1, 0.2]}), torch.tensor([0.1, 0.2], dtype=torch.float64)
+    )
+    with pytest.raises(ValueError, match="got sigmoid"):
+        betas_of({"beta_schedule": "sigmoid"})
+
+
+def test_what_diffusers_has_not_is_refused(tmp_path):
+    fine = NetDenoiser(UNet(3, 128, (1,), 1, ()), DDPMSchedule(cosine_betas(10)), c_noise=step_index(10))
+    for net, says in ((UNet(3, 32, (1, 2), 1, ()), "from 128 on"), (UNet(3, 128, (1,), 1, (), scale_shift=True), "ADM's changes"),
+                      (UNet(3, 128, (1,), 1, (), classes=3), "no label in front"), (UNet(3, 128, (1, 2), 1, (0, 1), heads=2), "heads by their width")):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            unet_to_diffusers(net)
+    with pytest.raises(ValueError, match="c_noise=step_index"):
+        save_diffusers(NetDenoiser(fine.net, fine.schedule), tmp_path)
+    with pytest.raises(ValueError, match="another kind, with {'act_fn': 'gelu'}"):
+        unet_from_diffusers(dict(theirs(**DDPM).config) | {"act_fn": "gelu"}, {})
+    with pytest.raises(ValueError, match="do not fit their config.json"):
+        unet_from_diffusers(dict(theirs(**DDPM).config), {})
+    save_diffusers(fine, tmp_path / "pipe")
+    assert json.loads((tmp_path / "pipe/model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+    with pytest.raises((ValueError, AttributeError)):
+        save_diffusers(NetDenoiser(fine.net, CosineSchedule(), c_noise=step_index(10)), tmp_path)
