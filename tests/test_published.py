@@ -217,3 +217,52 @@ def test_what_diffusers_has_not_is_refused(tmp_path):
     assert json.loads((tmp_path / "pipe/model_index.json").read_text())["_class_name"] == "DDPMPipeline"
     with pytest.raises((ValueError, AttributeError)):
         save_diffusers(NetDenoiser(fine.net, CosineSchedule(), c_noise=step_index(10)), tmp_path)
+
+
+# the Hub
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
+    import shutil
+
+    import huggingface_hub
+
+    from diffusion_nb.models.model import About, Model
+    from diffusion_nb.recipes.diffusion import recipe
+
+    hub, asked = tmp_path / "hub", []
+
+    class Api:
+        def __init__(self, token=None):
+            asked.append(token)
+
+        def create_repo(self, repo_id, private, exist_ok):
+            asked.append((repo_id, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            shutil.copytree(folder_path, hub / repo_id)
+            return f"https://example.org/{repo_id}/commit/1"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.append(options) or hub / name
+    )
+    about = About("diffusion", recipe("digits"), (1, 8, 8), 17)
+    model = Model(about.fresh(), about)
+    assert model.push_to_hub("me/digits", private=True, token="t").endswith("me/digits/commit/1")
+    assert sorted(p.name for p in (hub / "me/digits").iterdir()) == [
+        "README.md",
+        "model.json",
+        "model.safetensors",
+    ]
+    card = (hub / "me/digits/README.md").read_text(encoding="utf-8")
+    assert "8×8 with 1 channel," in card and 'from_pretrained("me/digits")' in card and "| target | v |" in card
+    again = Model.from_pretrained("me/digits", revision="main")
+    own, back = model.denoiser.state_dict(), again.denoiser.state_dict()
+    assert again.about == about and all(v.equal(back[k]) for k, v in own.items())
+    assert asked == [
+        "t",
+        ("me/digits", True, True),
+        {"revision": "main", "token": None, "allow_patterns": ["model.safetensors", "model.json"]},
+    ]
+    assert Model.from_pretrained(hub / "me/digits").about == about and len(asked) == 3

@@ -1,6 +1,7 @@
 """A trained model with what is needed to use it, in a folder."""
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -79,6 +80,57 @@ class Model:
         averaged = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
         fill(denoiser, averaged or tensors, f"{file}, by its model.json,")
         return cls(denoiser.eval().requires_grad_(False), about)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        "Publish the model on the Hugging Face Hub, with a card that says what it is; returns the address of the commit."
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            (Path(folder) / "README.md").write_text(model_card(self.about, repo_id), encoding="utf-8")
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+    @classmethod
+    def from_pretrained(
+        cls, name: Path | str, *, revision: str | None = None, token: str | None = None
+    ) -> "Model":
+        "The model of a folder, or of a repository on the Hugging Face Hub (`revision`: a branch, tag or commit). Raises ValueError as `load` does."
+        if Path(name).exists():
+            return cls.load(name)
+        from huggingface_hub import snapshot_download
+
+        files = [FILES[0], "model.json"]
+        return cls.load(snapshot_download(str(name), revision=revision, token=token, allow_patterns=files))
+
+
+def model_card(about: About, repo_id: str) -> str:
+    "What stands on a model's page: what it draws, how it was trained, how to use it."
+    channels, height, width = about.shape
+    steps = f", distilled to {about.steps} steps" if about.steps else ""
+    recipe = "\n".join(f"| {k} | {v} |" for k, v in asdict(about.recipe).items())
+    return f"""---
+library_name: diffusion_nb
+tags: [diffusion, {about.family}]
+---
+
+# {repo_id}
+
+A {about.family} model of pictures of {height}×{width} with {channels} channel{"s" if channels > 1 else ""}{steps}, trained by [diffusion_nb](https://github.com/diffusion-nb/diffusion_nb).
+
+```python
+from diffusion_nb.models.model import Model
+
+model = Model.from_pretrained("{repo_id}")  # model.denoiser, model.about
+```
+
+`diffusion-nb sample --model FOLDER` draws with the folder of these files.
+
+| recipe | |
+|---|---|
+{recipe}
+"""
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
