@@ -122,7 +122,11 @@ def unet_from_diffusers(config: dict, tensors: dict[str, Tensor]) -> UNet:
     table, known = table_of(net, config), set(tensors)
     if missing := sorted({b for group in table.values() for b in group} ^ known):
         raise ValueError(f"these weights do not fit their config.json: {', '.join(missing[:5])}")
-    fill(net, {a: torch.cat([tensors[b] for b in group]) for a, group in table.items()}, "these weights")
+    fill(
+        net,
+        {a: torch.cat([tensors[b] for b in group]) for a, group in table.items()},
+        "this dictionary of weights",
+    )
     return net
 
 
@@ -169,9 +173,13 @@ def save_diffusers(denoiser: NetDenoiser, folder: Path | str) -> None:
     Its network must have been told the steps counted from 0 (`step_index(T)`), on a `DDPMSchedule`. Raises ValueError where diffusers has no such model.
     """
     schedule, kind = denoiser.schedule, {f: k for k, f in PREDICTS.items()}.get(denoiser.predict)
-    told = torch.tensor([1, 2], dtype=torch.float64) / schedule.T
-    if kind is None or denoiser.c_in is not None or not denoiser.c_noise(told).allclose(torch.arange(2.0, dtype=torch.float64), atol=1e-6):  # fmt: skip
-        raise ValueError("expected a network that predicts noise, velocity or picture, and is told its steps from 0: c_noise=step_index(T)")  # fmt: skip
+    if not isinstance(schedule, DDPMSchedule) or kind is None or denoiser.c_in is not None:
+        raise ValueError(
+            "expected a denoiser with a DDPMSchedule whose network predicts noise, velocity or picture"
+        )
+    told = denoiser.c_noise(torch.tensor([1, 2], dtype=torch.float64) / schedule.T)
+    if not told.allclose(torch.arange(2.0, dtype=torch.float64), atol=1e-6):
+        raise ValueError(f"expected a network that is told its steps from 0, c_noise=step_index({schedule.T}); this one is told {told.tolist()} first")  # fmt: skip
     config, tensors = unet_to_diffusers(denoiser.net)
     folder = Path(folder)
     save_tensors(folder / "unet" / WEIGHTS, tensors, {"format": "pt"})

@@ -92,7 +92,9 @@ def reordered(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).reshape(rows.shape)
 
 
-def fill_openai(net: UNet, tensors: dict[str, Tensor], together: bool = True, what: str = "these weights") -> None:
+def fill_openai(
+    net: UNet, tensors: dict[str, Tensor], together: bool = True, what: str = "this dictionary of weights"
+) -> None:
     """Give a U-Net the weights of a network of improved-diffusion or guided-diffusion of the same shape.
 
     together: whether their queries, keys and values lie together head by head, as without `use_new_attention_order`.
