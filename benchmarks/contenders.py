@@ -158,7 +158,7 @@ def check_networks(nets, size):
     x, i = torch.randn(2, 3, size, size, device=device).double(), torch.tensor([0.0, 700.0], device=device)
     with torch.no_grad():
         want = said(theirs)(x, i)
-        torch.testing.assert_close(ours(x, i.double()), want, rtol=0, atol=1e-9 * want.abs().max().item())
+        torch.testing.assert_close(ours(x, i.float()), want, rtol=0, atol=1e-9 * want.abs().max().item())
 
 
 def check_operations(nets, width, size):

@@ -34,7 +34,7 @@ from diffusion_nb.recipes.diffusion import Recipe, recipe
 from diffusion_nb.recipes.vdm import vdm_denoiser
 from diffusion_nb.schedules import CosineSchedule
 from diffusion_nb.training.folder import PictureFolder
-from diffusion_nb.variances import fixed_large
+from diffusion_nb.variances import fixed_large, fixed_small
 
 
 @pytest.fixture
@@ -224,10 +224,19 @@ def test_bits_are_those_of_the_library(tmp_path, monkeypatch):
         lambda folder: Model(exact, About("diffusion", Recipe(classes=0), (1, 8, 8))),
     )
     out = tmp_path / "bits.json"
-    assert main(["bits", "--n", "3", "--steps", "4", "--end", "0.1", "--device", "cpu", "--out", str(out)]) == 0
-    want = bits_per_dim(Clip(exact), digits().x_test[:3], truncated_grid(4, 0.1), levels=17, var=fixed_large)
-    about = json.loads(out.read_text())
-    assert about["bits_per_dim"] == pytest.approx(want.total.mean().item(), rel=1e-9)
+    for end, decoder in ((0.0, fixed_small), (0.1, fixed_large)):
+        asked = ["bits", "--n", "3", "--steps", "4", "--end", str(end), "--device", "cpu", "--out", str(out)]
+        assert main(asked) == 0
+        want = bits_per_dim(
+            Clip(exact),
+            digits().x_test[:3],
+            truncated_grid(4, end),
+            levels=17,
+            var=fixed_large,
+            decoder_var=decoder,
+        )
+        about = json.loads(out.read_text())
+        assert about["bits_per_dim"] == pytest.approx(want.total.mean().item(), rel=1e-9)
     assert about["bits_per_dim"] == pytest.approx(
         about["prior"] + about["steps_cost"] + about["decoder"], rel=1e-9
     )
