@@ -9,7 +9,7 @@ __version__ = "0.0.1"
 
 FACE = {
     "noise": "Noise",
-    "schedules": "Schedule DDPMSchedule VPSchedule CosineSchedule VESchedule EDMSchedule LearnedSchedule linear_betas cosine_betas",
+    "schedules": "Schedule DDPMSchedule VPSchedule SubVPSchedule CosineSchedule VESchedule EDMSchedule LearnedSchedule linear_betas cosine_betas zero_terminal_snr",
     "grids": "time_grid quadratic_grid logsnr_grid edm_grid truncated_grid respaced_grid strided_grid",
     "time_samplers": "continuous_times chain_times log_normal_times LossSecondMomentSampler LevelSampler",
     "forward": "q_sample q_step q_posterior posterior_steps chain_steps",
@@ -18,7 +18,7 @@ FACE = {
     "variances": "fixed_small fixed_large learned_variance analytic_variance expected_eps2",
     "guidance": "CFG ClassifierGuidance AutoGuidance interval",
     "data": "Pictures digits mnist fashion_mnist cifar10 data_set",
-    "losses.simple": "denoising_loss snr snr_plus_one truncated_snr",
+    "losses.simple": "denoising_loss snr snr_plus_one truncated_snr min_snr",
     "losses.bound": "bound_loss hybrid_loss vlb_weight",
     "losses.vdm": "vdm_loss",
     "losses.consistency": "consistency_distillation consistency_training",

@@ -35,7 +35,7 @@ from diffusion_nb.losses.bound import (
     step_kl,
     vlb_weight,
 )
-from diffusion_nb.losses.simple import ones, truncated_snr
+from diffusion_nb.losses.simple import min_snr, ones, truncated_snr
 from diffusion_nb.metrics.cards import MetricCard, load_cards, save_cards, weights_hash
 from diffusion_nb.metrics.features import density_coverage, inception_score, precision_recall
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
@@ -623,3 +623,13 @@ def test_gradient_of_the_loss_is_finite_however_far_the_guess():
     t = torch.tensor([0.002, 0.5], dtype=torch.float64)
     bound_loss(1000, 17)(Far(), torch.zeros(2, 4), t, torch.ones(2, 4)).sum().backward()
     assert guess.grad.isfinite().all()
+
+
+def test_min_snr_is_the_lesser():
+    t = torch.tensor([0.05, 0.3, 0.9], dtype=torch.float64)
+    alpha, sigma = VPSchedule()(t)
+    close(
+        min_snr(2.0)(VPSchedule(), t),
+        torch.minimum(alpha**2 / sigma**2, torch.full((3,), 2.0, dtype=torch.float64)),
+    )
+    assert min_snr()(VPSchedule(), t)[0] == 5 > min_snr()(VPSchedule(), t)[2]

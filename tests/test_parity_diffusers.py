@@ -4,12 +4,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.schedulers import scheduling_ddpm
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from diffusion_nb.denoisers import Prediction
 from diffusion_nb.forward import posterior_steps, q_posterior, q_sample
 from diffusion_nb.nets.unet import ADM, IMPROVED, UNet, cos_first_embedding, parameters
 from diffusion_nb.noise import Noise
-from diffusion_nb.schedules import DDPMSchedule, cosine_betas, linear_betas
+from diffusion_nb.schedules import DDPMSchedule, cosine_betas, linear_betas, zero_terminal_snr
 from diffusion_nb.util.checks import expand_as
 
 T = 1000
@@ -38,6 +39,14 @@ def test_betas(name):
     theirs = DDPMScheduler(T, beta_schedule=name).betas
     # Theirs are rounded to float32, half a unit in the last place (2^-24) or a few of them where linspace adds.
     torch.testing.assert_close(theirs.double(), BETAS[name], rtol=4 * 2**-24, atol=0)
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_betas_of_zero_terminal_snr(name):
+    theirs = rescale_zero_terminal_snr(BETAS[name].float()).double()
+    ours = zero_terminal_snr(BETAS[name])
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)  # theirs is computed in float32
+    assert ours[-1] == 1 and DDPMSchedule(ours)(torch.ones((), dtype=F64))[0] == 0
 
 
 def test_linear_betas_of_shorter_chains_keep_the_total_noise():

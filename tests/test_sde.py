@@ -28,6 +28,7 @@ from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
     EDMSchedule,
+    SubVPSchedule,
     VESchedule,
     VPSchedule,
     cosine_betas,
@@ -36,6 +37,7 @@ from diffusion_nb.schedules import (
 
 SCHEDULES = {
     "vp": VPSchedule(),
+    "sub-vp": SubVPSchedule(),
     "cosine": CosineSchedule(),
     "ve": VESchedule(),
     "edm": EDMSchedule(),
@@ -259,6 +261,15 @@ def test_one_step_written_out():
     seen = []
     predictor_corrector(best, x, ts, noise=noise, callback=lambda i, x, pred: seen.append(x))
     same(seen[0], want)
+
+
+def test_sub_vp_is_vp_with_less_noise():
+    t = torch.linspace(0.1, 1, 10, dtype=torch.float64)
+    beta, integral, r = 0.1 + 19.9 * t, 0.1 * t + 19.9 * t**2 / 2, rates(SubVPSchedule(), t)
+    same(r.alpha, (-integral / 2).exp())
+    same(r.sigma, 1 - (-integral).exp())
+    same(r.f, -beta / 2)
+    same(r.g2, beta * (1 - (-2 * integral).exp()))
 
 
 def test_reverse_diffusion_is_the_paper_s_in_its_two_cases():
