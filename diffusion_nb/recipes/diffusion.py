@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from diffusion_nb.denoisers import NetDenoiser, predict_eps, predict_v
 from diffusion_nb.losses.simple import denoising_loss, snr, snr_plus_one
-from diffusion_nb.nets.unet import UNet
+from diffusion_nb.nets.unet import UNet, ddpm_init
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, linear_betas
 from diffusion_nb.training.batches import flip_half
@@ -40,7 +40,11 @@ def unet(r: "NetRecipe", channels: int, **options) -> nn.Module:
     )
 
 
-NETWORKS = {"unet": unet}  # (recipe, channels, **options) ↦ the fresh network
+def ddpm_unet(r: "NetRecipe", channels: int, **options) -> nn.Module:
+    return ddpm_init(unet(r, channels, **options))
+
+
+NETWORKS = {"unet": unet, "ddpm": ddpm_unet}  # (recipe, channels, **options) ↦ the fresh network
 
 
 @dataclass(frozen=True)
