@@ -100,7 +100,8 @@ def ddim(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"]
     eta: 0 is deterministic, 1 is `ddpm` with its small variance; more is possible while v ≤ σ_s² in each step.
     noise: k ↦ standard normal noise like x, needed where eta > 0; step i (from 0) takes noise(i + 1).
     callback: called as callback(i, x, pred) after step i. cond: passed on to the denoiser.
-    Nothing is added in a step that ends at time 0. Raises ValueError for a negative or too large eta, and for missing noise.
+    Nothing is added in a step that ends at time 0. With `Clip` the noise ε̂ is read off the clipped guess, as in the programs of improved DDPM and ADM; the first
+    program of DDIM, and Analytic-DPM's, keep the network's own. Raises ValueError for a negative or too large eta, and for missing noise.
     """
     check_sampling(x, ts, noise, denoiser)
     ts = ts.to(x.device, torch.float64)
