@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import parity  # noqa: E402
 from pages import Page, broken  # noqa: E402
 
 
@@ -33,6 +34,17 @@ def site(tmp_path_factory):
 def test_all_links_hold_and_nothing_is_fetched(site):
     assert list(broken(site)) == []
     assert len(list(site.rglob("*.html"))) > 20
+
+
+def test_each_comparison_names_a_test_that_is_there_or_a_choice():
+    rows = parity.rows()
+    assert parity.missing() == [] and len(rows) == len({(r.programs, r.what) for r in rows}) >= 85
+    assert all(r.choice or r.held.count("::") == 1 for r in rows)
+
+
+def test_the_page_of_comparisons_has_a_row_for_each(site):
+    html = (site / "parity.html").read_text(encoding="utf-8")
+    assert html.count("<tr") == 1 + len(parity.rows()) and "NVlabs/edm" in html
 
 
 def test_every_notebook_and_module_has_its_page(site):

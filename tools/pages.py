@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import parity
 from docutils.nodes import make_id
 from readme import readable
 
@@ -184,11 +185,12 @@ def prepare(root: Path, src: Path) -> None:
     shutil.copy(root / "CONTRIBUTING.md", src)
     running = (root / "docs/running.md").read_text(encoding="utf-8").replace("REPOSITORY", repository(root))
     (src / "running.md").write_text(running, encoding="utf-8")
+    (src / "parity.md").write_text(parity.page(root), encoding="utf-8")
     book = {path.stem: notebook(root, path.stem) for path in sorted((root / "nbs").glob("*.ipynb"))}
     rows, modules = ledger(root), library(root)
     numbered = [stem for stem in book if stem[0].isdigit()]
     more = [stem for stem in book if stem not in (*numbered, "index", "ledger")]
-    toctrees = [contents("The book", numbered), contents("Beside it", ["ledger", *more, "running", "CONTRIBUTING"]),
+    toctrees = [contents("The book", numbered), contents("Beside it", ["ledger", "parity", *more, "running", "CONTRIBUTING"]),
                 contents("The library", [f"api/{name}" for name in modules])]  # fmt: skip
     book["index"].cells.append(nbformat.v4.new_markdown_cell("\n".join(toctrees)))
     book["ledger"].cells.insert(1, nbformat.v4.new_markdown_cell(ledger_parts(root, rows, list(modules))))
