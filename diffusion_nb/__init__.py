@@ -33,6 +33,7 @@ FACE = {
     "likelihood.flow": "log_likelihood",
     "likelihood.lossless": "LosslessCodec lossless_encode lossless_decode",
     "nets.unet": "UNet",
+    "nets.song": "SongUNet",
     "metrics.features": "frechet_distance nearest_distance precision_recall density_coverage",
     "training.trainer": "Trainer",
     "training.batches": "flip_half",

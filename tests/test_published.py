@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffusion_nb.denoisers import Clip, NetDenoiser, predict_v, step_index
+from diffusion_nb.models import edm
 from diffusion_nb.models.diffusers import (
     betas_of,
     load_diffusers,
@@ -16,6 +17,7 @@ from diffusion_nb.models.diffusers import (
     unet_to_diffusers,
 )
 from diffusion_nb.models.openai import PUBLISHED, fill_openai, layers, load_openai, names, reordered
+from diffusion_nb.nets.song import SongUNet
 from diffusion_nb.nets.unet import ADM, IMPROVED, Attention, UNet, parameters
 from diffusion_nb.samplers.linear import ddim
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, cosine_betas, linear_betas
@@ -141,6 +143,128 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError):
         load_openai(tmp_path / "256x256_diffusion_uncond.pt")
     assert "code" not in capsys.readouterr().out
+
+
+# EDM
+
+SONG = {  # (size, ncsn): tensors, parameters and a hash of the names, as its program makes them, with ten classes and nine numbers of augmentation
+    (32, False): (419, 55_735_299, "48b1fcfb37a11747"),
+    (32, True): (424, 56_400_643, "021337511e920ab9"),
+    (64, False): (543, 61_806_979, "245cc774231ec942"),
+    (64, True): (550, 62_763_907, "52fdeeb63c3e22c1"),
+}
+
+
+@pytest.mark.parametrize("size, ncsn", SONG)
+def test_edm_s_networks_have_its_names_and_numbers(size, ncsn):
+    shape = dict(mults=(2, 2, 2), attention=(1,)) if size == 32 else dict(mults=(1, 2, 2, 2), attention=(2,))
+    with torch.device("meta"):
+        net = SongUNet(3, 128, blocks=4, classes=10, augment=9, ncsn=ncsn, **shape)
+    theirs = edm.names(net, size)
+    digest = hashlib.sha256("\n".join(sorted(theirs.values())).encode()).hexdigest()[:16]
+    assert (len(theirs), parameters(net), digest) == SONG[size, ncsn] and set(theirs) == set(net.state_dict())
+
+
+def song(seed: int, ncsn: bool) -> SongUNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = SongUNet(3, 16, (1, 2), 1, (1,), classes=5, augment=9, ncsn=ncsn)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+    return net.eval()
+
+
+@pytest.mark.parametrize("ncsn", [False, True])
+def test_edm_s_layout_gives_the_same_function(ncsn, tmp_path):
+    "Rows of query, key and value of one channel side by side; layers of the attention as convolutions; filters that ours makes itself."
+    net, other, theirs = song(0, ncsn), song(1, ncsn), {"enc.8x8_down.conv0.resample_filter": torch.ones(1)}
+    for ours, name in edm.names(net, 16).items():
+        v = net.state_dict()[ours]
+        if name.endswith("qkv.weight") or name.endswith("qkv.bias"):
+            v = torch.stack(v.chunk(3), 1).flatten(0, 1)
+        theirs[name] = (
+            v[..., None, None] if v.ndim == 2 and name.rpartition(".")[0].endswith(("qkv", "proj")) else v
+        )
+    edm.fill_edm(other, theirs, 16)
+    x, t, y = (
+        torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.3, -1.2]),
+        torch.tensor([1, 5]),
+    )
+    augment = torch.randn(2, 9, generator=torch.Generator().manual_seed(1))
+    assert net(x, t, y).std() > 0.1 and other(x, t, y, augment).equal(net(x, t, y, augment))
+    assert not net(x, t, y, augment).equal(net(x, t, y)) and not net(x, t, y).equal(
+        net(x, t, torch.tensor([2, 5]))
+    )
+    with pytest.raises(ValueError, match="does not fit"):
+        edm.fill_edm(other, {k: v for k, v in theirs.items() if "map_label" not in k}, 16)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        net(x[..., :15], t, y)
+
+
+def test_a_file_of_edm_becomes_a_denoiser_with_its_preconditioning(tmp_path, monkeypatch):
+    small = lambda *a, **options: SongUNet(3, 16, **options | dict(blocks=1))
+    monkeypatch.setattr(edm, "SongUNet", small)
+    net = small(3, 128, mults=(2, 2, 2), attention=(1,), classes=0, augment=9, ncsn=True)
+    torch.nn.init.normal_(net.head[2].weight, std=0.1)
+    as_convolutions = {}
+    for ours, name in edm.names(net, 32).items():
+        v = net.state_dict()[ours]
+        if "qkv" in name:
+            v = torch.stack(v.chunk(3), 1).flatten(0, 1)
+        as_convolutions[name] = (
+            v[..., None, None] if v.ndim == 2 and name.rpartition(".")[0].endswith(("qkv", "proj")) else v
+        )
+    torch.save(as_convolutions, tmp_path / "edm.pt")
+    denoiser = edm.load_edm(tmp_path / "edm.pt", ncsn=True)
+    sigma, x = 5.0, 5 * torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor((sigma / 80) ** (1 / 7), dtype=torch.float64)
+    inside = net.eval()(x / (sigma**2 + 0.25) ** 0.5, torch.tensor([sigma]).log() / 4)
+    want = 0.25 / (sigma**2 + 0.25) * x + sigma * 0.5 / (sigma**2 + 0.25) ** 0.5 * inside
+    torch.testing.assert_close(denoiser(x, t).x0, want.detach(), rtol=1e-4, atol=1e-4)
+    assert inside.std() > 0.01
+
+
+# The numbers that the programs themselves print for weights and pictures that are waves.
+
+PRINTED = {
+    "DDPM++": [-2.0711604, -0.8921144, 0.6242437, 0.6953936, -0.3762815, -3.0676033, -0.8473464],
+    "NCSN++": [-2.0676752, -1.0706046, 0.9041975, 0.851793, -2.9904078, 0.51827, 0.3711793],
+    "guided-diffusion": [-16.1556408, 14.8436326, 11.4929216, 8.6126569, 8.4665556, -9.2375357],
+    "guided-diffusion, new order": [-16.4062276, 15.0743779, 11.6146186, 8.6009697, 8.4726696, -9.2428851],
+    "improved-diffusion": [11.1834719, -4.9925159, -16.4792218, -3.9970724, -18.2616082, 12.0630952],
+}
+
+
+def wave(*shape: int, k: int = 0) -> torch.Tensor:
+    return (0.7 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64) + k).sin().reshape(shape)
+
+
+def waves(net, table: dict[str, str]) -> dict[str, torch.Tensor]:
+    "Their parameters, each a wave that begins at its place in the list of names; the scales of normalisations about 1."
+    shapes = {theirs: net.state_dict()[ours].shape for ours, theirs in table.items()}
+    return {name: 0.2 * wave(*shapes[name], k=k) + (len(shapes[name]) == 1 and name.endswith("weight"))
+            for k, name in enumerate(sorted(shapes))}  # fmt: skip
+
+
+@pytest.mark.parametrize("ncsn", [False, True])
+def test_the_networks_of_edm_say_what_its_program_says(ncsn):
+    net = SongUNet(3, 16, (1, 2), 1, (1,), classes=5, augment=9, ncsn=ncsn).double().eval()
+    edm.fill_edm(net, waves(net, edm.names(net, 16)), 16)
+    t = torch.tensor([0.3, -1.2] if ncsn else [3.0, 700.0], dtype=torch.float64)
+    out = net(wave(2, 3, 16, 16), t, torch.tensor([1, 4]), wave(2, 9, k=1))
+    want = torch.tensor(PRINTED["NCSN++" if ncsn else "DDPM++"], dtype=torch.float64)
+    torch.testing.assert_close(out.flatten()[::241].detach(), want, rtol=0, atol=2e-5)  # theirs: sines in float32
+
+
+@pytest.mark.parametrize("name", [name for name in PRINTED if "diffusion" in name])
+def test_the_networks_of_openai_say_what_their_programs_say(name):
+    y = torch.tensor([1, 4]) if "guided" in name else None
+    options = ADM | dict(head_width=32, classes=7) if "guided" in name else IMPROVED
+    net = UNet(3, 128, (1, 2), 1, (0, 1), channels_out=6, **options).double().eval()
+    fill_openai(net, waves(net, names(net)), together="new" not in name)
+    out = net(wave(2, 3, 8, 8), torch.tensor([3.0, 700.0]), y).flatten()[::131].detach()
+    torch.testing.assert_close(out, torch.tensor(PRINTED[name], dtype=torch.float64), rtol=0, atol=2e-5)
 
 
 # diffusers

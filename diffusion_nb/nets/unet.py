@@ -251,7 +251,8 @@ def ddpm_init(net: nn.Module) -> nn.Module:
     "The network with the initial weights of DDPM's program: uniform with variance 2 / (fan_in + fan_out), biases 0; what begins at zero stays so."
     for m in net.modules():
         if isinstance(m, nn.Conv2d | nn.Linear):
-            nn.init.zeros_(m.bias)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
             if m.weight.any():
                 parts = (
                     3 if m.weight.ndim == 2 and len(m.weight) == 3 * m.in_features else 1
