@@ -8,6 +8,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from diffusion_nb.denoisers import Prediction
 from diffusion_nb.forward import posterior_steps, q_posterior, q_sample
+from diffusion_nb.models.diffusers import names
 from diffusion_nb.nets.unet import ADM, IMPROVED, UNet, cos_first_embedding, parameters
 from diffusion_nb.noise import Noise
 from diffusion_nb.schedules import DDPMSchedule, cosine_betas, linear_betas, zero_terminal_snr
@@ -131,60 +132,6 @@ def test_steps_that_skip_times(monkeypatch):
 
 # the U-Net
 
-RES = {"norm1": "norm1", "conv1": "conv1", "time": "time_emb_proj", "norm2": "norm2", "conv2": "conv2"}
-ENDS = {
-    "embed.0": "time_embedding.linear_1",
-    "embed.2": "time_embedding.linear_2",
-    "stem": "conv_in",
-    "head.0": "conv_norm_out",
-    "head.2": "conv_out",
-}
-
-
-def blocks(levels: int, layers: int, attention: tuple[int, ...]):
-    "(our prefix, their prefix) of every residual, attention, down and up block."
-    n = 0
-    for i in range(levels):
-        for k in range(layers):
-            yield f"down.{n}.0", f"down_blocks.{i}.resnets.{k}"
-            if i in attention:
-                yield f"down.{n}.1", f"down_blocks.{i}.attentions.{k}"
-            n += 1
-        if i + 1 < levels:
-            yield f"down.{n}.conv", f"down_blocks.{i}.downsamplers.0.conv"
-            n += 1
-    yield "middle.0", "mid_block.resnets.0"
-    yield "middle.1", "mid_block.attentions.0"
-    yield "middle.2", "mid_block.resnets.1"
-    n = 0
-    for i in range(levels):
-        for k in range(layers + 1):
-            yield f"up.{n}.0", f"up_blocks.{i}.resnets.{k}"
-            if levels - 1 - i in attention:
-                yield f"up.{n}.1", f"up_blocks.{i}.attentions.{k}"
-            n += 1
-        if i + 1 < levels:
-            yield f"up.{n}.conv", f"up_blocks.{i}.upsamplers.0.conv"
-            n += 1
-
-
-def names(levels: int, layers: int, attention: tuple[int, ...], theirs: set[str]) -> dict[str, list[str]]:
-    "Our parameter → theirs, more than one where ours is several of theirs in a row."
-    layer = {ours: [them] for ours, them in ENDS.items()}
-    for a, b in blocks(levels, layers, attention):
-        if "resnets" in b:
-            layer |= {f"{a}.{ours}": [f"{b}.{them}"] for ours, them in RES.items()}
-            if f"{b}.conv_shortcut.weight" in theirs:
-                layer[f"{a}.skip"] = [f"{b}.conv_shortcut"]
-        elif "attentions" in b:
-            layer[f"{a}.norm"], layer[f"{a}.out"] = [f"{b}.group_norm"], [f"{b}.to_out.0"]
-            layer[f"{a}.qkv"] = [f"{b}.to_q", f"{b}.to_k", f"{b}.to_v"]
-        else:
-            layer[a] = [b]
-    table = {f"{a}.{p}": [f"{them}.{p}" for them in b] for a, b in layer.items() for p in ("weight", "bias")}
-    return table | ({"label.weight": ["class_embedding.weight"]} if "class_embedding.weight" in theirs else {})
-
-
 DDPM = dict(downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
 OTHER = dict(
     downsample_padding=1,
@@ -216,7 +163,7 @@ def both(channels: tuple[int, ...], layers: int, attention: tuple[int, ...], con
                 torch.nn.init.normal_(p, mean=float(name.endswith("weight")), std=0.3)
     ours = UNet(3, channels[0], [c // channels[0] for c in channels], layers, attention, **options).double().eval()
     weights = theirs.state_dict()
-    table = names(levels, layers, attention, set(weights))
+    table = names(levels, layers, attention, set(ours.state_dict()))
     used = [name for group in table.values() for name in group]
     assert len(used) == len(set(used)) and set(used) == set(weights), "each of their parameters, once"
     assert set(table) == set(ours.state_dict()), "each of ours"
@@ -273,6 +220,11 @@ def test_unet_with_the_conventions_of_the_later_programs_agrees():
 def test_the_published_networks_have_their_number_of_parameters(published, options, conventions):
     with torch.device("meta"):
         assert parameters(UNet(3, *options, channels_out=6, **conventions)) == published
+
+
+def test_the_network_of_lsun_and_celeba_has_its_number_of_parameters():
+    with torch.device("meta"):
+        assert parameters(UNet(3, 128, (1, 1, 2, 2, 4, 4), 2, (4,))) == 113_673_219
 
 
 def test_widths_may_be_halved():

@@ -293,6 +293,16 @@ def test_their_unet_becomes_ours_and_theirs_again(options):
     assert back(X, T5, class_labels=y).sample.equal(want) and want.std() > 0.1
 
 
+def test_an_option_that_a_config_leaves_out_is_theirs():
+    net = theirs()  # attention in heads of 8 channels, if nothing is said
+    config = {
+        k: v for k, v in net.config.items() if k in {"block_out_channels", "down_block_types", "layers_per_block"}
+    }
+    torch.testing.assert_close(
+        unet_from_diffusers(config, net.state_dict()).eval()(X, T5), net(X, T5).sample, rtol=0, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("predict", ["epsilon", "v_prediction"])
 def test_a_pipeline_of_theirs_draws_the_same_pictures_from_what_is_written(predict, tmp_path):
     net = unet_from_diffusers(dict(theirs(**DDPM).config), theirs(**DDPM).state_dict()).eval()
@@ -314,9 +324,15 @@ def test_a_pipeline_of_theirs_draws_the_same_pictures_from_what_is_written(predi
 
 
 def test_betas_are_theirs():
-    for kind in ("linear", "scaled_linear", "squaredcos_cap_v2"):
-        want = diffusers.DDPMScheduler(500, beta_start=2e-4, beta_end=0.03, beta_schedule=kind).betas.double()
-        got = betas_of(dict(num_train_timesteps=500, beta_start=2e-4, beta_end=0.03, beta_schedule=kind))
+    for kind, zero in (
+        ("linear", False),
+        ("scaled_linear", False),
+        ("squaredcos_cap_v2", False),
+        ("linear", True),
+    ):
+        options = dict(beta_start=2e-4, beta_end=0.03, beta_schedule=kind, rescale_betas_zero_snr=zero)
+        want = diffusers.DDPMScheduler(500, **options).betas.double()
+        got = betas_of(dict(num_train_timesteps=500, **options))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(
         betas_of({"trained_betas": [0.1, 0.2]}), torch.tensor([0.1, 0.2], dtype=torch.float64)
@@ -339,6 +355,12 @@ def test_what_diffusers_has_not_is_refused(tmp_path):
         unet_from_diffusers(dict(theirs(**DDPM).config), {})
     save_diffusers(fine, tmp_path / "pipe")
     assert json.loads((tmp_path / "pipe/model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+    with pytest.raises(ValueError, match="is not empty"):
+        save_diffusers(fine, tmp_path / "pipe")
+    scheduler = tmp_path / "pipe/scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "flow"}))
+    with pytest.raises(ValueError, match="got flow"):
+        load_diffusers(tmp_path / "pipe")
     with pytest.raises(ValueError, match="DDPMSchedule"):
         save_diffusers(NetDenoiser(fine.net, CosineSchedule(), c_noise=step_index(10)), tmp_path)
 

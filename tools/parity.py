@@ -46,7 +46,7 @@ def page(root: Path = ROOT) -> str:
     return "\n".join([
         "# Beside the programs of the papers", "",
         f"{len(found)} comparisons: {len(found) - chosen} agree, and {chosen} are choices, with the reason. *Apart* is the largest |a − b| / (1 + |b|) that was measured with",
-        "both programs side by side on the same inputs, in float64 where theirs allows. The test named holds it since, without their program: against formulas,",
+        "both programs side by side on the same inputs, in float64 where theirs allows. The test named holds the formula since, without their program: against formulas,",
         "`torch.distributions`, diffusers, or numbers that the program printed.", "",
         "| program | what | apart | test, or choice |", "|---|---|---|---|", *lines, ""])  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffusion_nb.denoisers import NetDenoiser, predict_eps, predict_v, predict_x0, step_index
 from diffusion_nb.models.model import fill
 from diffusion_nb.nets.unet import Attention, Down, UNet, cos_first_embedding, time_embedding
-from diffusion_nb.schedules import DDPMSchedule, cosine_betas
+from diffusion_nb.schedules import DDPMSchedule, cosine_betas, zero_terminal_snr
 from diffusion_nb.util.storage import own_tensors, read_weights, save_tensors, write_json
 
 RES = {"norm1": "norm1", "conv1": "conv1", "time": "time_emb_proj", "norm2": "norm2", "conv2": "conv2"}
@@ -60,7 +60,7 @@ def names(levels: int, layers: int, attention: tuple[int, ...], ours: set[str]) 
 
 
 FIXED = dict(time_embedding_type="positional", center_input_sample=False, act_fn="silu", mid_block_scale_factor=1, downsample_type="conv",
-             upsample_type="conv", resnet_time_scale_shift="default", add_attention=True, class_embed_type=None, norm_num_groups=32)  # fmt: skip
+             upsample_type="conv", resnet_time_scale_shift="default", mid_block_type="UNetMidBlock2D", add_attention=True, class_embed_type=None, norm_num_groups=32)  # fmt: skip
 
 
 def check_groups(channels: list[int]) -> None:
@@ -76,7 +76,11 @@ def unet_of(config: dict) -> UNet:
             f"config.json: a U-Net of another kind, with {other}; expected { ({k: FIXED[k] for k in other}) }"
         )
     channels, down = config["block_out_channels"], config["down_block_types"]
-    width, head, classes = channels[0], config.get("attention_head_dim") or 0, config.get("num_class_embeds") or 0
+    width, head, classes = (
+        channels[0],
+        config.get("attention_head_dim", 8) or 0,
+        config.get("num_class_embeds") or 0,
+    )
     check_groups(channels)
     if (config.get("freq_shift", 0), config.get("flip_sin_to_cos", True)) not in ((1, False), (0, True)):
         raise ValueError("config.json: expected times embedded as by DDPM (freq_shift 1, flip_sin_to_cos false) or as by improved DDPM (0, true)")  # fmt: skip
@@ -140,6 +144,8 @@ def unet_to_diffusers(net: UNet) -> tuple[dict, dict[str, Tensor]]:
 
 def betas_of(config: dict) -> Tensor:
     "The betas of a scheduler_config.json. Raises ValueError for a schedule that is not known here."
+    if config.get("rescale_betas_zero_snr"):
+        return zero_terminal_snr(betas_of(config | {"rescale_betas_zero_snr": False}))
     kind, T = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
     if config.get("trained_betas") is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float64)
@@ -164,6 +170,8 @@ def load_diffusers(folder: Path | str) -> NetDenoiser:
     unet, scheduler = (json.loads((folder / part).read_text(encoding="utf-8")) for part in ("unet/config.json", "scheduler/scheduler_config.json"))  # fmt: skip
     net = unet_from_diffusers(unet, read_weights(folder / "unet" / WEIGHTS))
     schedule, kind = DDPMSchedule(betas_of(scheduler)), scheduler.get("prediction_type", "epsilon")
+    if kind not in PREDICTS:
+        raise ValueError(f"scheduler_config.json: expected prediction_type {', '.join(PREDICTS)}; got {kind}")
     return NetDenoiser(net.eval().requires_grad_(False), schedule, PREDICTS[kind], c_noise=step_index(schedule.T))
 
 
@@ -182,6 +190,8 @@ def save_diffusers(denoiser: NetDenoiser, folder: Path | str) -> None:
         raise ValueError(f"expected a network that is told its steps from 0, c_noise=step_index({schedule.T}); this one is told {told.tolist()} first")  # fmt: skip
     config, tensors = unet_to_diffusers(denoiser.net)
     folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty, and nothing in it is overwritten; name a new folder")
     save_tensors(folder / "unet" / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / "unet/config.json", config)
     write_json(folder / "scheduler/scheduler_config.json", dict(_class_name="DDPMScheduler", num_train_timesteps=schedule.T, trained_betas=(-schedule.log_abar.diff().expm1()).tolist(),

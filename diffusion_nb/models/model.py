@@ -117,7 +117,7 @@ tags: [diffusion, {about.family}]
 
 # {repo_id}
 
-A {about.family} model of pictures of {height}×{width} with {channels} channel{"s" if channels > 1 else ""}{steps}, trained by [diffusion_nb](https://github.com/diffusion-nb/diffusion_nb).
+A {about.family} model of pictures of {height}×{width} with {channels} channel{"s" if channels > 1 else ""}{steps}, trained by diffusion_nb.
 
 ```python
 from diffusion_nb.models.model import Model
