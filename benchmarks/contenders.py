@@ -6,9 +6,7 @@ losses, and their walks from the same noise, can be held against ours: `checked_
 """
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,6 +35,7 @@ from torch import nn
 from diffusion_nb.denoisers import Clip, NetDenoiser
 from diffusion_nb.grids import time_grid
 from diffusion_nb.losses.simple import denoising_loss
+from diffusion_nb.models.diffusers import names
 from diffusion_nb.nets.unet import UNet, parameters
 from diffusion_nb.noise import Noise
 from diffusion_nb.samplers.linear import ddim
@@ -44,9 +43,6 @@ from diffusion_nb.schedules import DDPMSchedule, linear_betas
 from diffusion_nb.time_samplers import chain_times
 from diffusion_nb.training.batches import flip_half
 from diffusion_nb.training.trainer import Trainer
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from test_parity_diffusers import names  # noqa: E402  our parameter → theirs
 
 logging.set_verbosity_error()
 denoising_diffusion_pytorch.tqdm = lambda steps, **_: steps  # no progress bar
@@ -120,7 +116,7 @@ def networks(width=128, size=32, device="cpu"):
     "Ours and diffusers' with the same weights; lucidrains' with the width of its README, about as many parameters, and with our width."
     ours, theirs = UNet(width=width, blocks=BLOCKS, attention=ATTENTION), published(width, size)
     weights = theirs.state_dict()
-    table = names(LEVELS, BLOCKS, ATTENTION, set(weights))
+    table = names(LEVELS, BLOCKS, ATTENTION, set(ours.state_dict()))
     ours.load_state_dict({name: torch.cat([weights[n] for n in group]) for name, group in table.items()})
     nets = {"diffusion_nb": ours, "diffusers": theirs} | {f"lucidrains {d}": lucid(d) for d in (width // 2, width)}
     return {name: net.to(device) for name, net in nets.items()}
