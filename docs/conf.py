@@ -36,6 +36,26 @@ def add_mathjax(app, problem):
         (shutil.copytree if (bundle / part).is_dir() else shutil.copy)(bundle / part, place)
 
 
+def sidebar(app, page, template, context, doctree):
+    "The sidebar lists the same pages everywhere: Sphinx makes it once, and each page puts its own addresses into it."
+    if not hasattr(app, "sidebar"):
+        whole = dict(collapse=False, titles_only=True, maxdepth=-1, includehidden=True)
+        app.sidebar = app.builder._get_local_toctree(root_doc, **whole)
+    context["toctree"] = lambda **_: app.sidebar.replace('href="', f'href="{"../" * page.count("/")}')
+
+
+def here(app, page, template, context, doctree):
+    "Marks this page in the sidebar."
+    entry = f'<a class="reference internal" href="{"../" * page.count("/")}{page}.html">'
+    tree, marked = (
+        context["furo_navigation_tree"],
+        ' class="toctree-l1 current current-page"><a class="current reference internal" href="#">',
+    )
+    context["furo_navigation_tree"] = tree.replace(f' class="toctree-l1">{entry}', marked)
+
+
 def setup(app):
+    app.connect("html-page-context", sidebar, priority=100)  # furo's own comes at 500
+    app.connect("html-page-context", here, priority=900)
     app.set_html_assets_policy("always")  # MathJax on every page: Sphinx does not know of the ledger's formulas
     app.connect("build-finished", add_mathjax)

@@ -75,6 +75,12 @@ def test_write_atomically(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
+def test_weights_are_as_readable_as_other_new_files(tmp_path):
+    (tmp_path / "plain").touch()
+    storage.save_tensors(tmp_path / "net.safetensors", {"w": torch.ones(2)}, {})
+    assert (tmp_path / "net.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 # artifacts
 
 

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
 
+from diffusion_nb.data import digits
 from diffusion_nb.denoisers import Denoiser, MeanDenoiser, NetDenoiser, Prediction, predict_eps
+from diffusion_nb.experiments.evaluation import evaluate
+from diffusion_nb.experiments.judge import digit_judge
 from diffusion_nb.forward import chain_steps, posterior_steps, q_posterior
 from diffusion_nb.grids import time_grid, truncated_grid
 from diffusion_nb.likelihood.bits import Bits, bits_per_dim, fitted_variance
@@ -37,7 +40,7 @@ from diffusion_nb.losses.bound import (
 )
 from diffusion_nb.losses.simple import min_snr, ones, truncated_snr
 from diffusion_nb.metrics.cards import MetricCard, load_cards, save_cards, weights_hash
-from diffusion_nb.metrics.features import density_coverage, inception_score, precision_recall
+from diffusion_nb.metrics.features import density_coverage, frechet_distance, inception_score, precision_recall
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
 from diffusion_nb.noise import Noise
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, EDMSchedule, VESchedule, VPSchedule, linear_betas
@@ -553,6 +556,17 @@ def test_balls_counted_one_by_one(k):
         F([*precision_recall(real, fake, k), *density_coverage(real, fake, k)]),
         F([precision, recall, density, coverage]),
     )
+
+
+def test_the_digits_are_judged_by_these_measures():
+    data, y = digits(), torch.arange(80) % 10
+    x = torch.cat([data.x_test[:120], data.x_test[120:160] + 0.5])
+    scores = evaluate(x, y.repeat(2), 80)
+    real = digit_judge().features(data.x)
+    for group, part in enumerate(x.split(80)):
+        f = digit_judge().features(part)
+        own = [frechet_distance(f, real), *precision_recall(real, f), *density_coverage(real, f)]
+        close(torch.stack(scores)[1:6, group].double(), F(own), atol=1e-5, rtol=1e-6)
 
 
 def test_inception_score():

@@ -13,6 +13,12 @@ def artifact_makers() -> dict:
         run_from_fewer,
         run_guided,
     )
+    from diffusion_nb.experiments.drawings import (
+        draw_by_ladder,
+        draw_by_solvers,
+        draw_with_few_calls,
+        draw_with_variances,
+    )
     from diffusion_nb.experiments.guidance import (
         GuidanceRecipe,
         NoisyClassifierRecipe,
@@ -30,6 +36,10 @@ def artifact_makers() -> dict:
         "digit_judge": (train_judge, of("01_data", JudgeRecipe)),
         "mnist_judge": (train_judge, of("judge.mnist", JudgeRecipe)),
         "digit_denoiser": (train_digits, recipe("digits")),
+        "ladder": (draw_by_ladder, recipe("digits")),
+        "few_calls": (draw_with_few_calls, recipe("digits")),
+        "solvers": (draw_by_solvers, recipe("digits")),
+        "variances": (draw_with_variances, recipe("digits")),
         "ablation": (run_ablation, of("ablation", AblationRecipe)),
         "noisy_classifier": (train_classifier, of("noisy_classifier", NoisyClassifierRecipe)),
         "weak_digits": (train_weak, recipe("weak-digits")),

@@ -53,23 +53,29 @@ def radii(x: Float[Tensor, "n f"], k: int) -> Float[Tensor, " n"]:
     )  # each is its own nearest
 
 
-def in_balls(real: Float[Tensor, "n f"], fake: Float[Tensor, "m f"], k: int):
-    "(n, m): whether fake j lies in the ball of real i."
+def in_balls(
+    real: Float[Tensor, "n f"], fake: Float[Tensor, "m f"], k: int, radius: Float[Tensor, " n"] | None = None
+):
+    "(n, m): whether fake j lies in the ball of real i. radius: radii(real, k), where it is known already."
     check_finite(real, "real"), check_finite(fake, "fake")
     real, fake = real.double(), fake.double()
-    return torch.cdist(real, fake, compute_mode="donot_use_mm_for_euclid_dist") <= radii(real, k)[:, None]
+    radius = radii(real, k) if radius is None else radius
+    return torch.cdist(real, fake, compute_mode="donot_use_mm_for_euclid_dist") <= radius[:, None]
 
 
-def precision_recall(real: Float[Tensor, "n f"], fake: Float[Tensor, "m f"], k: int = 3) -> tuple[float, float]:
+def precision_recall(
+    real: Float[Tensor, "n f"], fake: Float[Tensor, "m f"], k: int = 3, radius: Float[Tensor, " n"] | None = None
+) -> tuple[float, float]:
     "(precision, recall) of `fake`, in [0, 1], by k-nearest-neighbour balls. (Kynkäänniemi et al. 2019, eq. 1 and 2)"
-    return in_balls(real, fake, k).any(0).double().mean().item(), in_balls(fake, real, k).any(
-        0
-    ).double().mean().item()
+    hit, reached = in_balls(real, fake, k, radius).any(0), in_balls(fake, real, k).any(0)
+    return hit.double().mean().item(), reached.double().mean().item()
 
 
-def density_coverage(real: Float[Tensor, "n f"], fake: Float[Tensor, "m f"], k: int = 5) -> tuple[float, float]:
+def density_coverage(
+    real: Float[Tensor, "n f"], fake: Float[Tensor, "m f"], k: int = 5, radius: Float[Tensor, " n"] | None = None
+) -> tuple[float, float]:
     "(density, coverage) of `fake`: density is 1 on average where the two are alike, coverage in [0, 1]. (Naeem et al. 2020, eq. 3 and 4)"
-    inside = in_balls(real, fake, k).double()
+    inside = in_balls(real, fake, k, radius).double()
     return inside.sum(0).mean().item() / k, inside.amax(1).mean().item()
 
 # %% ../../nbs/08_metrics.ipynb #53636f00

@@ -51,7 +51,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # what new files are here; safetensors makes them private
+        draft.unlink()
         write(draft)
+        draft.chmod(mode)
         with open(draft, "rb+") as f:  # Windows flushes only what may be written
             os.fsync(f.fileno())
         os.replace(draft, path)
