@@ -8,7 +8,7 @@ from importlib import import_module
 __version__ = "0.0.1"
 
 FACE = {
-    "noise": "Noise",
+    "noise": "Noise BrownianPath",
     "schedules": "Schedule DDPMSchedule VPSchedule SubVPSchedule CosineSchedule VESchedule EDMSchedule LearnedSchedule linear_betas cosine_betas zero_terminal_snr",
     "grids": "time_grid quadratic_grid logsnr_grid edm_grid truncated_grid respaced_grid strided_grid",
     "time_samplers": "continuous_times chain_times log_normal_times LossSecondMomentSampler LevelSampler",
@@ -22,9 +22,10 @@ FACE = {
     "losses.bound": "bound_loss hybrid_loss vlb_weight",
     "losses.vdm": "vdm_loss",
     "losses.consistency": "consistency_distillation consistency_training",
-    "samplers.linear": "ddpm ddim ddim_step invert slerp dpmpp_2m dpmpp_2m_sde",
+    "samplers.linear": "ddpm ddim ddim_step invert slerp dpmpp_2m dpmpp_2m_sde dpmpp_3m dpmpp_3m_sde",
     "samplers.guided": "guided_ddpm",
     "samplers.heun": "heun",
+    "samplers.singlestep": "dpmpp_2s",
     "samplers.langevin": "langevin annealed_langevin",
     "samplers.sde": "reverse_sde predictor_corrector probability_flow",
     "samplers.consistency": "consistency_sample",

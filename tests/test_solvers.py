@@ -4,16 +4,34 @@ import math
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMEulerScheduler,
+    HeunDiscreteScheduler,
+)
 from diffusers.schedulers import scheduling_edm_euler
 
 from diffusion_nb.denoisers import Denoiser, Prediction
+from diffusion_nb.forward import posterior_steps
 from diffusion_nb.grids import edm_grid, time_at, time_grid
 from diffusion_nb.metrics.samples import energy_distance, typicality
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture, ring_mixture
-from diffusion_nb.noise import Noise
+from diffusion_nb.noise import BrownianPath, Noise
 from diffusion_nb.samplers.heun import churned, heun
-from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, ode_steps
+from diffusion_nb.samplers.linear import (
+    _parabola,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_3m,
+    dpmpp_3m_sde,
+    linear_walk,
+    ode_steps,
+    sde_steps,
+)
+from diffusion_nb.samplers.singlestep import down_and_up, dpmpp_2s
 from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
@@ -35,7 +53,14 @@ SCHEDULES = {
     "cosine": CosineSchedule(),
     "ddpm": CHAIN,
 }
-RUNS = {"heun": heun, "2m": dpmpp_2m, "2m sde": dpmpp_2m_sde}
+RUNS = {
+    "heun": heun,
+    "2m": dpmpp_2m,
+    "2m sde": dpmpp_2m_sde,
+    "3m": dpmpp_3m,
+    "3m sde": dpmpp_3m_sde,
+    "2s": dpmpp_2s,
+}
 
 
 class Counted(GMMDenoiser):
@@ -80,6 +105,64 @@ def test_2m_is_theirs(kind, n):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [4, 10, 20])
+def test_3m_with_half_the_curvature_is_theirs(n):
+    theirs = DPMSolverMultistepScheduler(1000, algorithm_type="dpmsolver++", solver_order=3, prediction_type="sample", solver_type="heun",
+                                         final_sigmas_type="sigma_min", lower_order_final=False)  # fmt: skip
+    theirs.set_timesteps(n)
+    ts = torch.cat([(theirs.timesteps + 1) / 1000, torch.tensor([0.001])]).double()
+    theirs, best = their_sigmas(theirs, ts), GMMDenoiser(MIXTURE, CHAIN)
+    want = x = NOISE(0)
+    for t, label in zip(ts[:-1], theirs.timesteps, strict=True):
+        want = theirs.step(best(want, t).x0, label, want).prev_sample
+    a, b, h = ode_steps(CHAIN, ts[1:], ts[:-1])
+    reach, bend = _parabola(h, curve=0.5)
+    got = linear_walk(best, x, ts, a, b, None, None, None, {}, reach=reach, bend=bend)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+class Parabola(Denoiser):
+    "Guesses 0.2 + 0.3 λ - 0.1 λ², whatever the state."
+
+    schedule = VPSchedule()
+
+    def forward(self, x_t, t, **cond):
+        lam = self.schedule.logsnr(t) / 2
+        return Prediction(x_t, *self.schedule(t), (0.2 + 0.3 * lam - 0.1 * lam**2).expand_as(x_t), None)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_3m_is_exact_for_a_guess_on_a_parabola(eta):
+    "Against the integral by which the equation is solved, from the third step on; without its noise."
+    ts = torch.tensor([0.9, 0.7, 0.62, 0.45, 0.2, 0.15], dtype=F64)
+    alpha, lam, states = VPSchedule()(ts)[0], VPSchedule().logsnr(ts) / 2, []
+    nothing = dict(
+        noise=lambda k: torch.zeros(1, 1, dtype=F64), callback=lambda i, x, pred: states.append(x.item())
+    )
+    dpmpp_3m_sde(Parabola(), torch.ones(1, 1, dtype=F64), ts, eta=eta, **nothing)
+    u = torch.linspace(lam[2].item(), lam[-1].item(), 40_001, dtype=F64)
+    c = 1 + eta
+    guess = 0.2 + 0.3 * u - 0.1 * u**2
+    grown = torch.trapezoid(c * (c * (u - lam[-1])).exp() * guess, u)
+    # x/alpha obeys d(x/alpha) = c (guess - x/alpha) dλ
+    want = alpha[-1] * ((-c * (lam[-1] - lam[2])).exp() * states[1] / alpha[2] + grown)
+    assert states[-1] == pytest.approx(want.item(), abs=1e-8)
+
+
+def test_2s_is_theirs():
+    "Theirs has its middle on the grid, so the grid has the middles."
+    theirs = DPMSolverSinglestepScheduler(1000, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", prediction_type="sample",
+                                          final_sigmas_type="sigma_min", lower_order_final=False)  # fmt: skip
+    theirs.set_timesteps(12)
+    lam = torch.linspace(-4.0, 3.0, 13, dtype=F64)
+    ts = time_at(CHAIN, 2 * lam)
+    theirs, best = their_sigmas(theirs, ts), GMMDenoiser(MIXTURE, CHAIN)
+    want = NOISE(0)
+    for t, label in zip(ts[:-1], theirs.timesteps, strict=True):
+        want = theirs.step(best(want, t).x0, label, want).prev_sample
+    torch.testing.assert_close(dpmpp_2s(best, NOISE(0), ts[::2]), want, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("n", [3, 7, 25])  # with 2, a step is so long that ours is Euler's
 def test_heun_is_theirs(n):
     theirs = HeunDiscreteScheduler(1000, prediction_type="sample")
@@ -122,7 +205,7 @@ def test_churn_and_euler_are_theirs(churn, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["vp", "edm"])
-@pytest.mark.parametrize("kind", ["heun", "heun with churn", "2m", "2m sde"])
+@pytest.mark.parametrize("kind", ["heun", "heun with churn", "2m", "2m sde", "3m sde", "2s", "2s ancestral"])
 def test_as_direct_samples(kind, name):
     n, schedule = 4000, SCHEDULES[name]
     noise = Noise(range(n), (2,), dtype=F64)
@@ -131,6 +214,9 @@ def test_as_direct_samples(kind, name):
         "heun with churn": (heun, 60, dict(s_churn=20.0, s_min=0.05, s_max=40.0)),
         "2m": (dpmpp_2m, 50, {}),
         "2m sde": (dpmpp_2m_sde, 100, {}),
+        "3m sde": (dpmpp_3m_sde, 100, {}),
+        "2s": (dpmpp_2s, 40, {}),
+        "2s ancestral": (dpmpp_2s, 60, dict(eta=1.0)),
     }[kind]
     ts = edm_grid(schedule, steps, 0.01, 79.9)
     x = run(GMMDenoiser(MIXTURE, schedule), schedule(ts[0])[1] * noise(0), ts, noise=noise, **options)
@@ -152,12 +238,12 @@ def test_gaussian_data_end_where_the_formula_says(kind, name):
     start, end = time_at(schedule, -2 * torch.stack([high, low]).log())
     ts = torch.linspace(start, end, 401, dtype=F64)
     (a_first, a_last), _ = schedule(ts[[0, -1]])
-    n = 20_000 if kind == "2m sde" else 50
+    n = 20_000 if kind.endswith("sde") else 50
     noise = Noise(range(n), (1,), dtype=F64)
     first = a_first * (s**2 + high**2).sqrt() * noise(0)
     got = RUNS[kind](GMMDenoiser(data, schedule), first, ts, noise=noise) / a_last
     want = (s**2 + low**2).sqrt()
-    if kind == "2m sde":
+    if kind.endswith("sde"):
         assert (
             abs(got.std() / want - 1) < 5 / (2 * n) ** 0.5 + 0.002
         )  # five standard errors, and the bias of 400 steps
@@ -169,18 +255,39 @@ def test_gaussian_data_end_where_the_formula_says(kind, name):
 
 
 @pytest.mark.parametrize("name", ["vp", "ve", "edm", "cosine"])
-@pytest.mark.parametrize("kind", ["heun", "2m"])
+@pytest.mark.parametrize("kind", ["heun", "2m", "2s"])
 def test_second_order(kind, name):
     schedule, x_bar = SCHEDULES[name], 20 * NOISE(0)
     start, end = time_at(schedule, torch.tensor([-2 * math.log(20), -2 * math.log(0.05)], dtype=F64)).tolist()
     (first, last), _ = schedule(torch.tensor([start, end], dtype=F64))
     best = GMMDenoiser(MIXTURE, schedule)
-    counts = (80, 160, 320, 1280) if kind == "heun" else (160, 320, 640, 2560)  # Heun is there sooner
+    counts = (80, 160, 320, 1280) if kind != "2m" else (160, 320, 640, 2560)  # Heun is there sooner
     ends = [RUNS[kind](best, first * x_bar, time_grid(n, start, end)) / last for n in counts]
     errors = [(e - ends[-1]).square().mean().sqrt().item() for e in ends[:-1]]
     # The reference itself errs by 1/16 of the shortest error: log2((4 - 1/16) / (1 - 1/16)) = 2.07 for an order of 2.
     slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
     assert 1.75 < sum(slopes) / 2 < 2.25, slopes
+
+
+@pytest.mark.parametrize("name, curve, p", [("vp", 1.0, 3), ("edm", 1.0, 3), ("ve", 0.5, 2), ("edm", 0.5, 2)])
+def test_third_order_and_what_half_the_curvature_costs(name, curve, p):
+    schedule, x_bar = SCHEDULES[name], 20 * NOISE(0)
+    start, end = time_at(schedule, torch.tensor([-2 * math.log(20), -2 * math.log(0.05)], dtype=F64)).tolist()
+    (first, last), _ = schedule(torch.tensor([start, end], dtype=F64))
+    best = GMMDenoiser(MIXTURE, schedule)
+    ends = []
+    for n in (160, 320, 640, 2560):
+        ts = time_grid(n, start, end)
+        a, b, h = ode_steps(schedule, ts[1:], ts[:-1])
+        reach, bend = _parabola(h, curve=curve)
+        ends.append(
+            linear_walk(best, first * x_bar, ts, a, b, None, None, None, {}, reach=reach, bend=bend) / last
+        )
+        if curve == 1:
+            assert ends[-1].equal(dpmpp_3m(best, first * x_bar, ts) / last)
+    errors = [(e - ends[-1]).square().mean().sqrt().item() for e in ends[:-1]]
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert p - 0.3 < sum(slopes) / 2 < p + 0.3, slopes
 
 
 def test_2m_is_exact_for_a_guess_that_moves_with_the_step():
@@ -216,7 +323,7 @@ def test_calls_and_callbacks(kind, name):
     x = RUNS[kind](best, NOISE(0), ts, noise=NOISE, callback=lambda i, x, pred: seen.append((i, x)))
     assert best.times == (
         sorted([*ts[:-1].tolist(), *ts[1:-1].tolist()], reverse=True) if kind == "heun" else ts[:-1].tolist()
-    )
+    ) or (kind == "2s" and best.times[::2] == ts[:-1].tolist())
     assert [i for i, _ in seen] == list(range(7)) and seen[-1][1].equal(x)
     assert torch.isfinite(x).all()
 
@@ -277,6 +384,73 @@ def test_the_last_step_of_2m_above_the_data_is_theirs(lower, n):
 def test_without_noise_at_the_end_the_last_step_is_the_guess():
     best, ts = GMMDenoiser(MIXTURE, CHAIN), time_grid(7)
     assert dpmpp_2m(best, NOISE(0), ts, lower_order_final=False).equal(dpmpp_2m(best, NOISE(0), ts))
+
+
+@pytest.mark.parametrize("order", ["2m", "3m"])
+def test_eta_is_the_share_of_ddpm_s_noise(order):
+    sde, ode = {"2m": (dpmpp_2m_sde, dpmpp_2m), "3m": (dpmpp_3m_sde, dpmpp_3m)}[order]
+    best = GMMDenoiser(MIXTURE, VPSchedule())
+    ts = time_grid(12)
+    torch.testing.assert_close(
+        sde(best, NOISE(0), ts, noise=NOISE, eta=0.0), ode(best, NOISE(0), ts), rtol=0, atol=1e-12
+    )
+    a, b, std, _ = sde_steps(best.schedule, ts[1:], ts[:-1])
+    step = posterior_steps(best.schedule, ts[1:], ts[:-1])
+    for got, want in ((a, step.a), (b, step.b), (std, step.small.sqrt())):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    a, b, std, _ = sde_steps(best.schedule, ts[1:], ts[:-1], 0.3)
+    (alpha_t, sigma_t), (alpha, sigma) = best.schedule(ts[:-1]), best.schedule(ts[1:])
+    torch.testing.assert_close(a * alpha_t + b, alpha)  # a point stays a point, and has the noise of s
+    torch.testing.assert_close((a * sigma_t) ** 2 + std**2, sigma**2)
+    loud = [sde(best, NOISE(0), ts[:2], noise=NOISE, s_noise=s) for s in (0.0, 1.0, 3.0)]
+    torch.testing.assert_close(loud[2] - loud[0], 3 * (loud[1] - loud[0]))
+    with pytest.raises(ValueError, match="eta: expected 0"):
+        sde(best, NOISE(0), ts, noise=NOISE, eta=-0.1)
+
+
+def test_2s_aims_lower_and_adds_what_is_missing():
+    schedule, ts = VPSchedule(), time_grid(9, end=0.1)
+    for eta in (0.0, 0.4, 1.0):
+        down, up = down_and_up(schedule, ts[1:], ts[:-1], eta)
+        bar_t, bar_s, bar = ((-0.5 * schedule.logsnr(t)).exp() for t in (ts[:-1], ts[1:], down))
+        torch.testing.assert_close(bar**2 + up**2, bar_s**2)
+        torch.testing.assert_close(up, eta * bar_s * (1 - (bar_s / bar_t) ** 2).sqrt())
+    best = GMMDenoiser(MIXTURE, schedule)
+    loud = [dpmpp_2s(best, NOISE(0), ts[:2], noise=NOISE, eta=1.0, s_noise=s) for s in (0.0, 1.0, 3.0)]
+    torch.testing.assert_close(loud[2] - loud[0], 3 * (loud[1] - loud[0]))
+    with pytest.raises(ValueError, match="say which"):
+        dpmpp_2s(best, NOISE(0), ts, eta=1.0)
+    with pytest.raises(ValueError, match="eta: expected 0"):
+        dpmpp_2s(best, NOISE(0), ts, noise=NOISE, eta=-1.0)
+
+
+def test_the_increments_of_a_path():
+    noise = Noise(range(4000), (2,), dtype=F64)
+    coarse, fine = (
+        torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=F64),
+        torch.tensor([1.0, 0.75, 0.6, 0.1, 0.03, 0.0], dtype=F64),
+    )
+    a, b = BrownianPath(noise, coarse), BrownianPath(noise, fine)
+    assert a(0).equal(noise(0))
+    torch.testing.assert_close(
+        0.4**0.5 * a(1), 0.25**0.5 * b(1) + 0.15**0.5 * b(2), rtol=0, atol=2e-3
+    )  # times are taken to 2^-20
+    torch.testing.assert_close(0.1**0.5 * a(3), 0.07**0.5 * b(4) + 0.03**0.5 * b(5), rtol=0, atol=2e-3)
+    z = torch.cat([b(k) for k in range(1, 6)], 1)  # 8000 numbers for each step: standard normal, and independent
+    assert (z.mean(0).abs() < 5 / 4000**0.5).all()
+    assert (z.T.cov() - torch.eye(10)).abs().max() < 5 * (2 / 4000) ** 0.5
+    for bad in ([0.5, 0.5], [0.2, 0.4], [0.5, 0.5 - 1e-9]):
+        with pytest.raises(ValueError, match="times that fall"):
+            BrownianPath(noise, torch.tensor(bad, dtype=F64))
+
+
+def test_finer_grids_on_one_path_approach_one_sample():
+    best, noise, ends = GMMDenoiser(MIXTURE, VPSchedule()), Noise(range(100), (2,), dtype=F64), []
+    for n in (25, 50, 100):
+        ts = time_grid(n, end=0.01)
+        ends.append(dpmpp_2m_sde(best, noise(0), ts, noise=BrownianPath(noise, ts)))
+    first, second = ((a - b).norm(dim=1).median() for a, b in zip(ends, ends[1:], strict=False))
+    assert second < 0.7 * first and first < 0.4
 
 
 def test_no_churn_leaves_the_times_as_they_are():

@@ -8,8 +8,9 @@ from torch import Tensor
 from diffusion_nb.grids import even_logsnr_grid, sigma_grid, time_grid
 from diffusion_nb.samplers.consistency import consistency_sample
 from diffusion_nb.samplers.heun import heun
-from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde
+from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde
 from diffusion_nb.samplers.sde import predictor_corrector, reverse_sde
+from diffusion_nb.samplers.singlestep import dpmpp_2s
 
 
 def even(schedule, n: int) -> Tensor:
@@ -37,6 +38,9 @@ SAMPLERS: dict[str, tuple[Callable, Callable]] = {
     "heun": (heun, even_logsnr_grid),
     "dpmpp_2m": (dpmpp_2m, even_logsnr_grid),
     "dpmpp_2m_sde": (dpmpp_2m_sde, even_logsnr_grid),
+    "dpmpp_2s": (dpmpp_2s, even_logsnr_grid),
+    "dpmpp_3m": (dpmpp_3m, even_logsnr_grid),
+    "dpmpp_3m_sde": (dpmpp_3m_sde, even_logsnr_grid),
     "reverse_sde": (reverse_sde, from_data),
     "predictor_corrector": (predictor_corrector, from_data),
     "consistency": (consistency_sample, noise_levels),

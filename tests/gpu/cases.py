@@ -34,8 +34,9 @@ from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.samplers.heun import heun
 from diffusion_nb.samplers.langevin import annealed_langevin
-from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde
+from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde
 from diffusion_nb.samplers.sde import predictor_corrector, reverse_sde
+from diffusion_nb.samplers.singlestep import dpmpp_2s
 from diffusion_nb.schedules import (
     CosineSchedule,
     DDPMSchedule,
@@ -152,6 +153,9 @@ SAMPLERS: dict[str, Callable] = {
     "heun, churn": partial(heun, s_churn=2.0),
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "dpmpp_2s, ancestral": partial(dpmpp_2s, eta=1.0),
     "reverse_sde": reverse_sde,
     "predictor_corrector": predictor_corrector,
     "langevin": walked_langevin,
