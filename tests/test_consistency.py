@@ -58,7 +58,15 @@ from diffusion_nb.schedules import (
     VPSchedule,
     linear_betas,
 )
-from diffusion_nb.time_samplers import LevelSampler, constant_levels, doubling_levels, log_normal
+from diffusion_nb.time_samplers import (
+    LevelSampler,
+    constant_levels,
+    doubling_levels,
+    growing_decay,
+    growing_levels,
+    growing_number,
+    log_normal,
+)
 from diffusion_nb.training.trainer import Trainer
 
 F64 = torch.float64
@@ -469,3 +477,20 @@ def test_bad_sampling():
     with pytest.raises(ValueError, match="shaped like x"):
         consistency_sample(f, NOISE(0)[:3], ts, noise=NOISE)
     consistency_sample(f, NOISE(0), sigma_grid(SCHEDULE, 80.0))  # one step needs none
+
+
+def test_levels_grow_as_in_the_paper():
+    "N(k) and μ(k) of Song et al. 2023, appendix C, by hand."
+    K, s0, s1, mu0 = 800, 2, 150, 0.9
+    number, decay = growing_number(s0, s1, K), growing_decay(s0, s1, K, mu0)
+    for k in (0, 1, 10, 400, 799, 800):
+        want = math.ceil(math.sqrt(k / K * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1) + 1
+        assert number(k) == want and decay(k) == pytest.approx(math.exp(s0 * math.log(mu0) / want))
+    assert (number(0), number(K), number(10 * K)) == (s0, s1 + 1, s1 + 1)
+    seen = []
+    levels = growing_levels(lambda n: seen.append(n) or time_grid(n), s0, s1, K)
+    assert [len(levels(k)) for k in (0, 0, 400, 800)] == [2, 2, number(400), 151] and seen == [
+        1,
+        number(400) - 1,
+        150,
+    ]

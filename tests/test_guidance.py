@@ -14,7 +14,7 @@ from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Prediction, pred
 from diffusion_nb.experiments.evaluation import variety
 from diffusion_nb.forward import q_sample
 from diffusion_nb.grids import even_logsnr_grid, time_grid
-from diffusion_nb.guidance import CFG, AutoGuidance, ClassifierGuidance, Unconditional, interval
+from diffusion_nb.guidance import CFG, AutoGuidance, ClassifierGuidance, DynamicThreshold, Unconditional, interval
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
 from diffusion_nb.nets.classifier import NoisyClassifier, classifier_loss
 from diffusion_nb.nets.unet import UNet
@@ -349,3 +349,36 @@ def test_algorithm_1_without_weight_is_ddpm():
     torch.testing.assert_close(got, ddpm(Unconditional(best, ANY), NOISE(0), time_grid(5), noise=NOISE))
     with pytest.raises(ValueError, match="one label for each of 12 samples"):
         guided_ddpm(guided, NOISE(0), time_grid(5), noise=NOISE, y=Y[:3])
+
+
+# dynamic thresholding
+
+
+class Loud(Denoiser):
+    "Guesses ten times its input."
+
+    schedule = VPSchedule()
+
+    def forward(self, x_t, t, **cond):
+        return Prediction(x_t, *self.schedule(t), 10 * x_t, None)
+
+
+@pytest.mark.parametrize("share, largest", [(0.995, 1.5), (0.9, 100.0), (0.5, 3.0)])
+def test_dynamic_thresholding_is_theirs(share, largest):
+    theirs = DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=share, sample_max_value=largest)
+    x = (
+        torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-2, 1, 6)[:, None, None, None]
+    )
+    got = DynamicThreshold(Loud(), share, largest)(x, torch.tensor(0.5)).x0
+    torch.testing.assert_close(got, theirs._threshold_sample(10 * x), rtol=1e-6, atol=1e-6)
+    assert got.abs().max() <= 1 and got[0].equal(10 * x[0])  # a quiet guess stays as it is
+
+
+def test_dynamic_thresholding_keeps_the_order_where_clip_does_not():
+    x = torch.linspace(-0.5, 0.5, 64).reshape(1, 1, 8, 8)
+    dynamic, clipped = (wrapper(Loud())(x, torch.tensor(0.5)).x0.flatten() for wrapper in (DynamicThreshold, Clip))
+    assert (dynamic.diff() > 0).sum() == 63 and (clipped.diff() > 0).sum() < 20
+    for bad in (dict(share=0.0), dict(share=1.1), dict(largest=0.5)):
+        with pytest.raises(ValueError, match="expected a share"):
+            DynamicThreshold(Loud(), **bad)

@@ -139,7 +139,7 @@ def test_3m_is_exact_for_a_guess_on_a_parabola(eta):
     nothing = dict(
         noise=lambda k: torch.zeros(1, 1, dtype=F64), callback=lambda i, x, pred: states.append(x.item())
     )
-    dpmpp_3m_sde(Parabola(), torch.ones(1, 1, dtype=F64), ts, eta=eta, **nothing)
+    dpmpp_3m_sde(Parabola(), torch.ones(1, 1, dtype=F64), ts, eta=eta, lower_order_final=False, **nothing)
     u = torch.linspace(lam[2].item(), lam[-1].item(), 40_001, dtype=F64)
     c = 1 + eta
     guess = 0.2 + 0.3 * u - 0.1 * u**2
@@ -147,6 +147,16 @@ def test_3m_is_exact_for_a_guess_on_a_parabola(eta):
     # x/alpha obeys d(x/alpha) = c (guess - x/alpha) dλ
     want = alpha[-1] * ((-c * (lam[-1] - lam[2])).exp() * states[1] / alpha[2] + grown)
     assert states[-1] == pytest.approx(want.item(), abs=1e-8)
+
+
+def test_3m_holds_its_last_guess_unless_told_otherwise():
+    best, ts = GMMDenoiser(MIXTURE, VPSchedule()), time_grid(6, end=0.01)
+    for run in (dpmpp_3m, dpmpp_3m_sde):
+        states, preds = [], []
+        keep = lambda i, x, pred, s=states, p=preds: (s.append(x), p.append(pred))
+        run(best, NOISE(0), ts, noise=lambda k: 0 * NOISE(k), callback=keep)
+        a, b, _, _ = sde_steps(best.schedule, ts[-1:], ts[-2:-1], float(run is dpmpp_3m_sde))
+        torch.testing.assert_close(states[-1], a * states[-2] + b * preds[-1].x0)
 
 
 def test_2s_is_theirs():
@@ -284,7 +294,7 @@ def test_third_order_and_what_half_the_curvature_costs(name, curve, p):
             linear_walk(best, first * x_bar, ts, a, b, None, None, None, {}, reach=reach, bend=bend) / last
         )
         if curve == 1:
-            assert ends[-1].equal(dpmpp_3m(best, first * x_bar, ts) / last)
+            assert ends[-1].equal(dpmpp_3m(best, first * x_bar, ts, lower_order_final=False) / last)
     errors = [(e - ends[-1]).square().mean().sqrt().item() for e in ends[:-1]]
     slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
     assert p - 0.3 < sum(slopes) / 2 < p + 0.3, slopes

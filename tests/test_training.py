@@ -59,6 +59,24 @@ def test_average_follows_its_recursion():
         assert abs(run.state.averages[0].item() - want) < 1e-5
 
 
+def test_the_decay_may_be_a_function_of_the_step():
+    decays = [0.0, 0.5, 0.9, 0.2]
+    run = trainer(ema=lambda k: decays[min(k, 3)], steps=4)
+    want = run.state.params[0].item()
+    for decay in decays:
+        run.train_step()
+        want = decay * want + (1 - decay) * run.state.params[0].item()
+        assert abs(run.state.averages[0].item() - want) < 1e-5
+    assert run.identity()["ema"] == 0.2 and trainer(ema=0.3).identity()["ema"] == 0.3
+    for bad, said in (
+        (1.0, "ema: expected a decay"),
+        (-0.1, "ema: expected a decay"),
+        (lambda k: 2.0, "expected ema"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            trainer(ema=bad)
+
+
 def test_the_average_carries_no_graph():
     "An average that is updated where gradients are recorded keeps every step's graph alive, and cannot be copied."
     average = trainer(steps=3).fit()

@@ -245,8 +245,10 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"eta: expected 0 (no fresh noise) or more, 1 as in DDPM; got {eta}")
 
 # %% ../../nbs/12_solvers.ipynb #b3c0f0a2
-def _parabola(h: Float[Tensor, " n"], eta: float = 0.0, curve: float = 1.0) -> tuple[Tensor, Tensor]:
-    "(reach, bend): how far each guess goes along the last difference, and along the one before, to be the weighted mean of the parabola over its step; none in the first step, and where h is infinite. (DPM-Solver++, 3M)"
+def _parabola(
+    h: Float[Tensor, " n"], eta: float = 0.0, lower_order_final: bool = False, curve: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    "(reach, bend): how far each guess goes along the last difference, and along the one before, to be the weighted mean of the parabola over its step; none in the first step, where h is infinite, and in the last if asked. (DPM-Solver++, 3M)"
     none = h.new_full((2,), math.inf)
     h1, h2 = torch.cat([none, h])[1:-1], torch.cat([none, h])[:-2]
     H = (1 + eta) * h
@@ -254,32 +256,34 @@ def _parabola(h: Float[Tensor, " n"], eta: float = 0.0, curve: float = 1.0) -> t
     u2 = 1 / -torch.expm1(-H) - 2 * u / H
     share = (curve * u2 * h**2 + u * h * h1) / (h1 + h2)
     reach, bend = (u * h + share) / h1, -share / h2
-    return tuple(torch.where(h.isfinite(), v, 0).nan_to_num() for v in (reach, bend))
+    moves = h.isfinite()
+    moves[-1] &= not lower_order_final
+    return tuple(torch.where(moves, v, 0).nan_to_num() for v in (reach, bend))
 
 
 @torch.no_grad()
 def dpmpp_3m(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, noise: Callable[[int], Tensor] | None = None,
-             callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
+             lower_order_final: bool = True, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
     """DPM-Solver++ (3M): third order, one call a step; nothing is random. (Lu et al. 2022, DPM-Solver++, multistep of order 3)
 
-    Parameters are those of `ddpm`; `noise` is not used. The second difference has its exact weight; in the published programs it has half of that.
+    Parameters are those of `dpmpp_2m`; with lower_order_final the walk as a whole is of second order. The second difference has its exact weight; in the published programs it has half of that.
     Raises ValueError as `check_sampling` does.
     """
     check_sampling(x, ts, noise, denoiser)
     ts = ts.to(x.device, torch.float64)
     a, b, h = ode_steps(denoiser.schedule, ts[1:], ts[:-1])
-    reach, bend = _parabola(h)
+    reach, bend = _parabola(h, 0.0, lower_order_final)
     return linear_walk(denoiser, x, ts, a, b, None, noise, callback, cond, reach=reach, bend=bend)
 
 
 @torch.no_grad()
 def dpmpp_3m_sde(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, noise: Callable[[int], Tensor], eta: float = 1.0,
-                 s_noise: float = 1.0, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
-    "`dpmpp_3m` with the noise of `dpmpp_2m_sde`; parameters are those of the latter. (after Lu et al. 2022, DPM-Solver++)"
+                 s_noise: float = 1.0, lower_order_final: bool = True, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
+    "`dpmpp_3m` with the noise of `dpmpp_2m_sde`, and the parameters of both. (after Lu et al. 2022, DPM-Solver++)"
     check_sampling(x, ts, noise, denoiser), check_eta(eta)
     ts = ts.to(x.device, torch.float64)
     a, b, std, h = sde_steps(denoiser.schedule, ts[1:], ts[:-1], eta)
-    reach, bend = _parabola(h, eta)
+    reach, bend = _parabola(h, eta, lower_order_final)
     std = (s_noise * std * (ts[1:] > 0)).tolist()
     spread = lambda i, pred: std[i] or None
     return linear_walk(denoiser, x, ts, a, b, spread, noise, callback, cond, reach=reach, bend=bend)

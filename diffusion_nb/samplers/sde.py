@@ -113,7 +113,7 @@ def ratio_steps(ratio: float = 0.16) -> Callable:
 @torch.no_grad()
 def predictor_corrector(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, noise: Callable[[int], Tensor],
                         corrections: int = 1, step_size: Callable | None = None, predictor: Callable = euler_maruyama,
-                        callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
+                        at_start: bool = False, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
     """`reverse_sde` with `corrections` Langevin steps at each time that it arrives at, but the last. (SDE-pc; Song et al. 2021, algorithm 1)
 
     Parameters
@@ -123,21 +123,29 @@ def predictor_corrector(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[
     step_size: (pred, z) ↦ the length of a correction: `sigma_steps()` if not given, `ratio_steps()` as in the paper, or your own.
     predictor: (schedule, ts) ↦ (a, b, c) of each step: `euler_maruyama`, or `reverse_diffusion`, which the paper recommends.
 
-    The order is that of the paper's algorithm. Its program corrects at ts[0] as well, and for variance-preserving schedules with lengths multiplied by 1 - β.
+    at_start: whether to correct at ts[0] as well, as the paper's program does and its algorithm does not; correction j there takes noise(n (corrections + 1) + j + 1).
+
+    For variance-preserving schedules that program multiplies the lengths by 1 - β.
     """
     check_sampling(x, ts, noise, denoiser)
     ts, step_size = ts.to(x.device, torch.float64), step_size or sigma_steps()
     steps = predictor(denoiser.schedule, ts)
     n = len(steps)
+
+    def corrected(x, t, z):
+        now = denoiser(x, t, **cond)
+        length = step_size(now, z)
+        return x + length * now.score + (2 * length) ** 0.5 * z
+
+    for j in range(corrections if at_start else 0):
+        x = corrected(x, ts[0], noise(n * (corrections + 1) + j + 1))
     for i, (a, b, c) in enumerate(tqdm(steps, desc="sampling", delay=3, leave=False)):
         pred = denoiser(x, ts[i], **cond)
         x = torch.add(a * x, pred.eps, alpha=b)
         if c > 0:
             x = torch.add(x, noise(i + 1), alpha=c)
         for j in range(corrections if i < n - 1 else 0):
-            now, z = denoiser(x, ts[i + 1], **cond), noise(n * (j + 1) + i + 1)
-            length = step_size(now, z)
-            x = x + length * now.score + (2 * length) ** 0.5 * z
+            x = corrected(x, ts[i + 1], noise(n * (j + 1) + i + 1))
         if callback:
             callback(i, x, pred)
     return x

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step."""
+"""Learning rates, and decays of averages, as functions of the step."""
 
 import math
 from collections.abc import Callable
@@ -17,3 +17,10 @@ def warmup_constant(peak: float, warmup: int) -> Callable[[int], float]:
 def linear_decay(lr: float, steps: int) -> Callable[[int], float]:
     "k ↦ the learning rate, from lr down to 0 in a line."
     return lambda k: lr * (1 - k / steps)
+
+
+def warmed_up(decay: float) -> Callable[[int], float]:
+    "k ↦ the decay of an average that is short at first: min(decay, (1 + k)/(10 + k)). Raises ValueError for a decay outside [0, 1)."
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema: expected a decay in [0, 1), or a function of the step; got {decay}")
+    return lambda k: min(decay, (1 + k) / (10 + k))

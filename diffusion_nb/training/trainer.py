@@ -18,6 +18,7 @@ from diffusion_nb.time_samplers import continuous_times
 from diffusion_nb.training.batches import Batches
 from diffusion_nb.training.checkpoints import Checkpoints, check_run
 from diffusion_nb.training.identity import name_of, network_hash
+from diffusion_nb.training.lr import warmed_up
 from diffusion_nb.training.memory import what_fits, with_memory
 from diffusion_nb.training.sharding import check_same_step
 from diffusion_nb.training.state import State
@@ -51,7 +52,7 @@ class Trainer:
     picture's are replaced by it with probability `cond_dropout`, all at once, or each by itself with `apart`.
     time_sampler: (u, step) ↦ t (`continuous_times`, `chain_times(T)`); if a module, its buffers are kept in the checkpoint, and its `update()`, if it has one, is called after each step.
     loss: as `denoising_loss`, one number a sample. augment: (pictures, uniform numbers (b,)) ↦ pictures, such as `flip_half`; conditions that are pictures are changed alike.
-    ema: the decay of the averaged weights. clip: the largest gradient norm. betas: of AdamW. seed: of everything. device: the GPU if there is one. bf16: autocast. compile: torch.compile the network.
+    ema: the decay of the averaged weights, with a short memory at first, or a function step ↦ decay. clip: the largest gradient norm. betas: of AdamW. seed: of everything. device: the GPU if there is one. bf16: autocast. compile: torch.compile the network.
     checkpoint: a file, written every `save_every` steps and at the end, the `keep_checkpoints` last ones beside it as FILE.1, …; training goes on from the newest that is whole.
     accumulate: a step's pictures are done in so many parts, one after the other. log_every: how many steps between looks at the loss. skip: leave out, and count, the steps whose gradient is not finite. hooks: called with the trainer after each step; the buffers of one that is a module are kept in the checkpoint.
     shard: divide the weights among the processes, too (FSDP2). Where torch.distributed has been set up, its processes share each batch (DDP); the averaged copy is then
@@ -63,13 +64,14 @@ class Trainer:
     def __init__(self, denoiser: Denoiser, x0: Tensor | Dataset, *, steps: int, lr: Callable[[int], float],
                  batch: int = 128, cond: dict[str, Tensor] | None = None, null: int | Tensor | dict | None = None, cond_dropout: float = 0.1, apart: bool = False,
                  time_sampler: Callable = continuous_times, loss: Callable = denoising_loss, augment: Callable | None = None,
-                 ema: float = 0.9999, clip: float = 1.0, betas: tuple[float, float] = (0.9, 0.999), seed: int = 0,
+                 ema: float | Callable[[int], float] = 0.9999, clip: float = 1.0, betas: tuple[float, float] = (0.9, 0.999), seed: int = 0,
                  device=None, bf16: bool = False, compile: bool = False, checkpoint: Path | str | None = None, save_every: int = 1000,
                  keep_checkpoints: int = 2, accumulate: int = 1, log_every: int = 50, skip: bool = False, workers: int = 0,
                  hooks: Sequence[Callable] = (), shard: bool = False):  # fmt: skip
         check_numbers(steps=(steps, 0), batch=(batch, 1), save_every=(save_every, 1), accumulate=(accumulate, 1), log_every=(log_every, 1), workers=(workers, 0))  # fmt: skip
-        if not (0 <= ema < 1 and 0 <= cond_dropout <= 1 and clip > 0 and math.isfinite(lr(0)) and lr(0) >= 0):
-            raise ValueError(f"expected ema in [0, 1), cond_dropout in [0, 1], clip above 0 and a learning rate of 0 or more; got {ema}, {cond_dropout}, {clip}, {lr(0)}")  # fmt: skip
+        ema = ema if callable(ema) else warmed_up(ema)
+        if not (0 <= ema(steps) <= 1 and 0 <= cond_dropout <= 1 and clip > 0 and 0 <= lr(0) < math.inf):
+            raise ValueError(f"expected ema and cond_dropout in [0, 1], clip above 0 and a learning rate of 0 or more; got {ema(steps)}, {cond_dropout}, {clip}, {lr(0)}")  # fmt: skip
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device(device) if device else default_device()
         check_device(self.device)
@@ -98,8 +100,7 @@ class Trainer:
                 loss = objective(x0, t, eps, **cond).mean() / self.accumulate
             loss.backward()
             total = total + loss.detach()
-        decay = min(self.ema, (1 + self.step) / (10 + self.step))  # short memory at first
-        self.state.update(self.lr(self.step), self.clip, decay)
+        self.state.update(self.lr(self.step), self.clip, self.ema(self.step))
         if update := getattr(self.time_sampler, "update", None):
             update()
         self.step += 1
@@ -172,7 +173,7 @@ class Trainer:
 
     def identity(self) -> dict:
         "What makes this run another than others. More steps are the same run, gone on with."
-        own = dict(seed=self.seed, lr=self.lr(0), ema=self.ema, clip=self.clip, betas=list(self.betas))
+        own = dict(seed=self.seed, lr=self.lr(0), ema=self.ema(10**15), clip=self.clip, betas=list(self.betas))
         return own | self.names | self.batches.identity()
 
     def save(self) -> None:
