@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffusion_nb.denoisers import Clip, NetDenoiser, predict_v, step_index
+from diffusion_nb.grids import time_at
 from diffusion_nb.models import edm
 from diffusion_nb.models.diffusers import (
     betas_of,
@@ -16,7 +17,16 @@ from diffusion_nb.models.diffusers import (
     unet_from_diffusers,
     unet_to_diffusers,
 )
-from diffusion_nb.models.openai import PUBLISHED, fill_openai, layers, load_openai, names, reordered
+from diffusion_nb.models.openai import (
+    CONSISTENCY,
+    PUBLISHED,
+    fill_openai,
+    layers,
+    load_consistency,
+    load_openai,
+    names,
+    reordered,
+)
 from diffusion_nb.nets.song import SongUNet
 from diffusion_nb.nets.unet import ADM, IMPROVED, Attention, UNet, parameters
 from diffusion_nb.samplers.linear import ddim
@@ -265,6 +275,50 @@ def test_the_networks_of_openai_say_what_their_programs_say(name):
     fill_openai(net, waves(net, names(net)), together="new" not in name)
     out = net(wave(2, 3, 8, 8), torch.tensor([3.0, 700.0]), y).flatten()[::131].detach()
     torch.testing.assert_close(out, torch.tensor(PRINTED[name], dtype=torch.float64), rtol=0, atol=2e-5)
+
+
+# consistency models
+
+
+@pytest.mark.parametrize("name, tensors, numbers, digest", [("imagenet64", 541, 295_899_267, "a761555b497d81ab"), ("bedroom256", 566, 526_304_771, "3ce9da73fa7c0a94"),
+                                                            ("cat256", 566, 526_304_771, "3ce9da73fa7c0a94")])  # fmt: skip
+def test_consistency_models_have_their_names_and_numbers(name, tensors, numbers, digest):
+    with torch.device("meta"):
+        net = UNet(channels=3, channels_out=3, **CONSISTENCY[name])
+    own = sorted(names(net).values())
+    assert (len(own), parameters(net)) == (tensors, numbers)
+    assert hashlib.sha256("\n".join(own).encode()).hexdigest()[:16] == digest
+
+
+SMALL_CM = dict(width=128, mults=(1, 2), blocks=1, attention=(0, 1), **ADM | dict(head_width=32, classes=7))
+FUNCTION = [-0.2302325, 2.3622236, -4.1101909, 4.5709949, -11.0538304, -0.2851085]  # printed by their program
+
+
+def test_a_consistency_model_says_what_its_program_says(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONSISTENCY, "imagenet64", SMALL_CM)
+    net = UNet(channels=3, channels_out=3, **SMALL_CM)
+    torch.save(waves(net, names(net)), tmp_path / "cd_imagenet64_l2.pt")
+    f = load_consistency(tmp_path / "cd_imagenet64_l2.pt").double()
+    assert not f.training and not any(p.requires_grad for p in f.parameters())
+    t = time_at(f.schedule, -2 * torch.tensor([0.02, 30.0], dtype=torch.float64).log())
+    x, y = 10 * wave(2, 3, 8, 8), torch.tensor([1, 4])
+    want = torch.tensor(FUNCTION, dtype=torch.float64)
+    torch.testing.assert_close(f(x, t, y=y).flatten()[::67], want, rtol=0, atol=2e-5)
+    torch.testing.assert_close(f(x, torch.zeros(2), y=y), x)  # at sigma = 0.002 it is the identity
+    teacher = load_consistency(tmp_path / "cd_imagenet64_l2.pt", "edm_imagenet64_ema").double()
+    skip, out = (
+        (f.schedule(t)[1] ** 2 + 0.25).reciprocal() / 4,
+        f.schedule(t)[1] / 2 * (f.schedule(t)[1] ** 2 + 0.25).rsqrt(),
+    )
+    raw = (f(x, t, y=y) - 0.25 / ((f.schedule(t)[1] - 0.002) ** 2 + 0.25)[:, None, None, None] * x) / (
+        (f.schedule(t)[1] - 0.002) / 2 * (f.schedule(t)[1] ** 2 + 0.25).rsqrt()
+    )[:, None, None, None]
+    torch.testing.assert_close(
+        teacher(x, t, y=y).x0, skip[:, None, None, None] * x + out[:, None, None, None] * raw
+    )
+    for other in ("imagenet64", "cd_ffhq"):
+        with pytest.raises(ValueError, match="expected a name such as"):
+            load_consistency(tmp_path / "cd_imagenet64_l2.pt", other)
 
 
 # diffusers

@@ -172,7 +172,7 @@ def load_diffusers(folder: Path | str) -> NetDenoiser:
     schedule, kind = DDPMSchedule(betas_of(scheduler)), scheduler.get("prediction_type", "epsilon")
     if kind not in PREDICTS:
         raise ValueError(f"scheduler_config.json: expected prediction_type {', '.join(PREDICTS)}; got {kind}")
-    return NetDenoiser(net.eval().requires_grad_(False), schedule, PREDICTS[kind], c_noise=step_index(schedule.T))
+    return NetDenoiser(net, schedule, PREDICTS[kind], c_noise=step_index(schedule.T)).eval().requires_grad_(False)
 
 
 def save_diffusers(denoiser: NetDenoiser, folder: Path | str) -> None:

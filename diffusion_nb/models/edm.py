@@ -89,4 +89,4 @@ def load_edm(file: Path | str, *, size: int = 32, ncsn: bool = False, classes: i
     net = SongUNet(3, 128, blocks=4, classes=classes, augment=augment, ncsn=ncsn, **shape)
     fill_edm(net, read_weights(file, allow_pickle=True), size, str(file))
     schedule = EDMSchedule()
-    return NetDenoiser(net.eval().requires_grad_(False), schedule, predict_edm(0.5), edm_input(0.5), edm_time(schedule))  # fmt: skip
+    return NetDenoiser(net, schedule, predict_edm(0.5), edm_input(0.5), edm_time(schedule)).eval().requires_grad_(False)  # fmt: skip

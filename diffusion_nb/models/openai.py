@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion_nb.denoisers import NetDenoiser, step_index
+from diffusion_nb.denoisers import Consistency, NetDenoiser, edm_input, edm_time, predict_edm, step_index
 from diffusion_nb.models.model import fill
 from diffusion_nb.nets.unet import ADM, IMPROVED, Attention, Down, ResBlock, UNet, Up
-from diffusion_nb.schedules import DDPMSchedule, cosine_betas, linear_betas
+from diffusion_nb.schedules import DDPMSchedule, EDMSchedule, cosine_betas, linear_betas
 from diffusion_nb.util.storage import read_weights
 
 RES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3"}  # fmt: skip
@@ -54,6 +54,13 @@ PUBLISHED = {  # by the name of the file
     "64_256_upsampler": Published(dict(channels=6, width=192, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(3, 4, 5), classes=1000, **ADM | dict(head_width=0, heads=4))),
     "128_512_upsampler": Published(dict(channels=6, width=192, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(4, 5), classes=1000, **ADM)),
 }  # fmt: skip
+
+
+CONSISTENCY = {  # networks of consistency_models, by the end of the file's name
+    "imagenet64": PUBLISHED["64x64_diffusion"].options,
+    "bedroom256": ADM_256 | dict(scale_shift=False),
+    "cat256": ADM_256 | dict(scale_shift=False),
+}
 
 
 def layers(net: UNet) -> Iterator[tuple[str, str, object]]:
@@ -125,9 +132,30 @@ def load_openai(file: Path | str, name: str | None = None) -> NetDenoiser:
     fill_openai(net, read_weights(file, allow_pickle=True), found.together, str(file))
     schedule = DDPMSchedule(found.betas(found.T))
     time = partial(scaled_index, found.T) if found.scaled else step_index(found.T)
-    return NetDenoiser(net.eval().requires_grad_(False), schedule, c_noise=time)
+    return NetDenoiser(net, schedule, c_noise=time).eval().requires_grad_(False)
 
 
 def scaled_index(T: int, t: Tensor) -> Tensor:
     "The step counted from 0, times 1000/T."
     return (T * t - 1) * (1000 / T)
+
+
+def load_consistency(file: Path | str, name: str | None = None) -> Consistency | NetDenoiser:
+    """A published file of consistency_models, in eval mode, without gradients: a function for `consistency_sample`, or, of a file edm_…, the denoiser that taught it.
+
+    file: such as cd_imagenet64_lpips.pt or edm_bedroom256_ema.pt; it is read without running code. name: what it is called, if not as the file is.
+    The schedule is EDM's from 0.002 to 80; pictures have sigma_data 0.5; labels of imagenet64 are 0 … 999. Raises ValueError where the weights are another network's.
+    """
+    name = name or Path(file).stem
+    kind = next((options for end, options in CONSISTENCY.items() if end in name), None)
+    if kind is None or name.split("_")[0] not in ("cd", "ct", "edm"):
+        raise ValueError(f"{name}: expected a name such as cd_imagenet64_l2, ct_bedroom256 or edm_cat256_ema")
+    net = UNet(channels=3, channels_out=3, **kind)
+    fill_openai(net, read_weights(file, allow_pickle=True), False, str(file))
+    schedule = EDMSchedule(0.002)
+    told = lambda t: 1000 * edm_time(schedule)(t)
+    if name.startswith("edm"):
+        model = NetDenoiser(net, schedule, predict_edm(0.5), edm_input(0.5), told)
+    else:
+        model = Consistency(net, schedule, sigma_data=0.5, c_noise=told)
+    return model.eval().requires_grad_(False)
