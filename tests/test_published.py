@@ -9,6 +9,7 @@ import torch
 
 from diffusion_nb.denoisers import Clip, NetDenoiser, predict_v, step_index
 from diffusion_nb.grids import time_at
+from diffusion_nb.guidance import ClassifierGuidance, Unconditional
 from diffusion_nb.models import edm
 from diffusion_nb.models.diffusers import (
     betas_of,
@@ -18,15 +19,18 @@ from diffusion_nb.models.diffusers import (
     unet_to_diffusers,
 )
 from diffusion_nb.models.openai import (
+    CLASSIFIERS,
     CONSISTENCY,
     PUBLISHED,
     fill_openai,
     layers,
+    load_classifier,
     load_consistency,
     load_openai,
     names,
     reordered,
 )
+from diffusion_nb.nets.classifier import EncoderUNet
 from diffusion_nb.nets.song import SongUNet
 from diffusion_nb.nets.unet import ADM, IMPROVED, Attention, UNet, parameters
 from diffusion_nb.samplers.linear import ddim
@@ -275,6 +279,46 @@ def test_the_networks_of_openai_say_what_their_programs_say(name):
     fill_openai(net, waves(net, names(net)), together="new" not in name)
     out = net(wave(2, 3, 8, 8), torch.tensor([3.0, 700.0]), y).flatten()[::131].detach()
     torch.testing.assert_close(out, torch.tensor(PRINTED[name], dtype=torch.float64), rtol=0, atol=2e-5)
+
+
+# classifiers
+
+
+@pytest.mark.parametrize("name, tensors, numbers, digest", [("64x64_classifier", 307, 65_438_568, "e8d35940a0fd7117"), ("128x128_classifier", 221, 42_568_040, "2e761bfc8dd05aa4"),
+                                                            ("256x256_classifier", 249, 54_096_360, "2c6a4ef24ee08b3a"), ("512x512_classifier", 281, 54_448_360, "5594603fecf53dcd")])  # fmt: skip
+def test_a_published_classifier_has_its_names_and_numbers(name, tensors, numbers, digest):
+    with torch.device("meta"):
+        net = EncoderUNet(**CLASSIFIERS[name])
+    own = sorted(names(net).values())
+    assert (len(own), parameters(net)) == (tensors, numbers) and set(names(net)) == set(net.state_dict())
+    assert hashlib.sha256("\n".join(own).encode()).hexdigest()[:16] == digest
+
+
+LOGITS = [-2.812841, 2.0567306, -1.7179991, 1.3518694, -0.5096157, -2.902203, 2.135084, -1.7840373, 1.4044913, -0.5479438]  # fmt: skip
+
+
+def test_a_classifier_says_what_its_program_says(tmp_path, monkeypatch):
+    small = dict(size=8, classes=5, width=128, mults=(1, 2), blocks=1, attention=(0, 1), head_width=32)
+    monkeypatch.setitem(CLASSIFIERS, "64x64_classifier", small)
+    net = EncoderUNet(**small)
+    torch.save(waves(net, names(net)), tmp_path / "64x64_classifier.pt")
+    f = load_classifier(tmp_path / "64x64_classifier.pt").double()
+    x, t, want = (
+        wave(2, 3, 8, 8),
+        torch.tensor([3.0, 700.0], dtype=torch.float64),
+        torch.tensor(LOGITS, dtype=torch.float64).reshape(2, 5),
+    )
+    torch.testing.assert_close(f.net(x, t), want, rtol=0, atol=2e-5)
+    y = torch.tensor([3, 1])
+    torch.testing.assert_close(f(x, (t + 1) / 1000, y), want.log_softmax(1)[[0, 1], y], rtol=0, atol=2e-5)
+    model = NetDenoiser(UNet(3, 8, (1, 2), 1, ()).double(), DDPMSchedule(linear_betas()))
+    guided = ClassifierGuidance(Unconditional(model), f, 2.0)(x, torch.tensor(0.5, dtype=torch.float64), y=y)
+    assert guided.x0.isfinite().all() and not guided.x0.equal(model(x, torch.tensor(0.5, dtype=torch.float64)).x0)
+    for bad, said in ((torch.tensor([5, 0]), "from 0 to 4"), (torch.tensor([0.0, 1.0]), "integer labels")):
+        with pytest.raises(ValueError, match=said):
+            f(x, torch.tensor(0.5), bad)
+    with pytest.raises(ValueError, match="not a classifier that is known"):
+        load_classifier(tmp_path / "64x64_classifier.pt", "other")
 
 
 # consistency models

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from diffusion_nb.denoisers import Consistency, NetDenoiser, edm_input, edm_time, predict_edm, step_index
 from diffusion_nb.models.model import fill
+from diffusion_nb.nets.classifier import EncoderUNet, NetClassifier
 from diffusion_nb.nets.unet import ADM, IMPROVED, Attention, Down, ResBlock, UNet, Up
 from diffusion_nb.schedules import DDPMSchedule, EDMSchedule, cosine_betas, linear_betas
 from diffusion_nb.util.storage import read_weights
 
 RES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3"}  # fmt: skip
 ATTENTION = {"norm": "norm", "qkv": "qkv", "out": "proj_out"}
+POOL = {"head.0": "out.0", "head.2.qkv": "out.2.qkv_proj", "head.2.out": "out.2.c_proj"}
 ENDS = {"embed.0": "time_embed.0", "embed.2": "time_embed.2", "stem": "input_blocks.0.0", "head.0": "out.0", "head.2": "out.2"}  # fmt: skip
 
 
@@ -56,6 +58,12 @@ PUBLISHED = {  # by the name of the file
 }  # fmt: skip
 
 
+CLASSIFIERS = {  # by the name of the file
+    "64x64_classifier": dict(size=64),
+    "128x128_classifier": dict(size=128, mults=(1, 1, 2, 3, 4), blocks=2, attention=(2, 3, 4)),
+    "256x256_classifier": dict(size=256, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(3, 4, 5)),
+    "512x512_classifier": dict(size=512, mults=(0.5, 1, 1, 2, 2, 4, 4), blocks=2, attention=(4, 5, 6)),
+}
 CONSISTENCY = {  # networks of consistency_models, by the end of the file's name
     "imagenet64": PUBLISHED["64x64_diffusion"].options,
     "bedroom256": ADM_256 | dict(scale_shift=False),
@@ -72,7 +80,7 @@ def layers(net: UNet) -> Iterator[tuple[str, str, object]]:
     for k, part in enumerate(net.middle):
         yield f"middle.{k}", f"middle_block.{k}", part
     block, inside = -1, 0
-    for i, layer in enumerate(net.up):
+    for i, layer in enumerate(getattr(net, "up", ())):
         if isinstance(layer, torch.nn.ModuleList):
             block, inside = block + 1, 1 + isinstance(layer[1], Attention)
             for k, part in enumerate(layer):
@@ -81,17 +89,30 @@ def layers(net: UNet) -> Iterator[tuple[str, str, object]]:
             yield f"up.{i}", f"output_blocks.{block}.{inside}", layer
 
 
-def names(net: UNet) -> dict[str, str]:
-    "Our parameters ↦ theirs."
-    table = ENDS | ({"label": "label_emb"} if net.label is not None else {})
+def layer_names(net: UNet) -> dict[str, str]:
+    "Our layers ↦ theirs, all but the ends."
+    table = {}
     for ours, theirs, part in layers(net):
         if isinstance(part, ResBlock):
             own = RES | ({} if isinstance(part.skip, torch.nn.Identity) else {"skip": "skip_connection"})
         else:
             own = ATTENTION if isinstance(part, Attention) else {"conv": "op"} if isinstance(part, Down) else {"conv": "conv"} if isinstance(part, Up) else {}  # fmt: skip
         table |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in own.items()}
-    both = {f"{a}.{p}": f"{b}.{p}" for a, b in table.items() for p in ("weight", "bias")}
-    return {a: b for a, b in both.items() if a != "label.bias"}
+    return table
+
+
+def names(net: UNet | EncoderUNet) -> dict[str, str]:
+    "Our parameters ↦ theirs, of a network or of a classifier."
+    if isinstance(net, EncoderUNet):
+        inside = {a: b for a, b in ENDS.items() if "head" not in a} | layer_names(net.body)
+        table = {f"body.{a}": b for a, b in inside.items()} | POOL
+        more = {"head.2.positions": "out.2.positional_embedding"}
+    else:
+        table, more = (
+            ENDS | layer_names(net),
+            {"label.weight": "label_emb.weight"} if net.label is not None else {},
+        )
+    return {f"{a}.{p}": f"{b}.{p}" for a, b in table.items() for p in ("weight", "bias")} | more
 
 
 def reordered(rows: Tensor, heads: int) -> Tensor:
@@ -100,14 +121,17 @@ def reordered(rows: Tensor, heads: int) -> Tensor:
 
 
 def fill_openai(
-    net: UNet, tensors: dict[str, Tensor], together: bool = True, what: str = "this dictionary of weights"
+    net: UNet | EncoderUNet,
+    tensors: dict[str, Tensor],
+    together: bool = True,
+    what: str = "this dictionary of weights",
 ) -> None:
     """Give a U-Net the weights of a network of improved-diffusion or guided-diffusion of the same shape.
 
     together: whether their queries, keys and values lie together head by head, as without `use_new_attention_order`.
     Raises ValueError where names or shapes differ.
     """
-    attending = {f"{ours}.qkv": part.heads for ours, _, part in layers(net) if isinstance(part, Attention)}
+    attending = {f"{name}.qkv": part.heads for name, part in net.named_modules() if isinstance(part, Attention)}
     table, own = {theirs: ours for ours, theirs in names(net).items()}, {}
     for theirs, v in tensors.items():
         ours = table.get(theirs, theirs)
@@ -133,6 +157,19 @@ def load_openai(file: Path | str, name: str | None = None) -> NetDenoiser:
     schedule = DDPMSchedule(found.betas(found.T))
     time = partial(scaled_index, found.T) if found.scaled else step_index(found.T)
     return NetDenoiser(net, schedule, c_noise=time).eval().requires_grad_(False)
+
+
+def load_classifier(file: Path | str, name: str | None = None) -> NetClassifier:
+    """log f(y | x_t) by a published classifier of guided-diffusion, for `ClassifierGuidance` on the chain of 1000 steps; in eval mode, without gradients.
+
+    file: such as 256x256_classifier.pt; it is read without running code. name: which of CLASSIFIERS it is, if not as the file is called. Raises ValueError for other weights.
+    """
+    name = name or Path(file).stem
+    if name not in CLASSIFIERS:
+        raise ValueError(f"{name}: not a classifier that is known here; known are {', '.join(CLASSIFIERS)}")
+    net = EncoderUNet(**CLASSIFIERS[name])
+    fill_openai(net, read_weights(file, allow_pickle=True), what=str(file))
+    return NetClassifier(net, step_index(1000)).eval().requires_grad_(False)
 
 
 def scaled_index(T: int, t: Tensor) -> Tensor:

@@ -197,6 +197,18 @@ class UNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], y: Int[Tensor, " b"] | None = None):
         "The output for pictures x at network times t (0 to 1000), labels y if the network has classes."
+        h, pile, emb = self.encode(x, t, y)
+        for layer in self.up:
+            if isinstance(layer, nn.ModuleList):
+                h = layer[1](layer[0](torch.cat([h, pile.pop()], dim=1), emb))
+            else:
+                h = layer(h, emb)
+        return F.pixel_shuffle(self.head(h), self.patch)
+
+    def encode(
+        self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], y: Int[Tensor, " b"] | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        "(what leaves the middle, what the way down kept, the embedding of time and label)."
         self._check(x, y)
         emb = self.time_embedding(t, self.width).to(x.dtype)
         if self.label_after:
@@ -210,13 +222,7 @@ class UNet(nn.Module):
             h = layer[1](layer[0](h, emb)) if isinstance(layer, nn.ModuleList) else layer(h, emb)
             pile.append(h)
         first, attend, second = self.middle
-        h = second(attend(first(h, emb)), emb)
-        for layer in self.up:
-            if isinstance(layer, nn.ModuleList):
-                h = layer[1](layer[0](torch.cat([h, pile.pop()], dim=1), emb))
-            else:
-                h = layer(h, emb)
-        return F.pixel_shuffle(self.head(h), self.patch)
+        return second(attend(first(h, emb)), emb), pile, emb
 
     def _check(self, x, y):
         if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
