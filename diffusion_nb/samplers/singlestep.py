@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..denoisers import Denoiser
 from ..grids import time_at
-from .linear import check_eta, ode_steps
+from .linear import check_share, ode_steps
 from ..schedules import Schedule
 from ..util.checks import check_sampling
 
@@ -40,9 +40,7 @@ def dpmpp_2s(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n
     s_noise: the standard deviation of what is added.
     Raises ValueError as `check_sampling` does, for a negative eta, and for noise that is missing.
     """
-    check_sampling(x, ts, noise, denoiser), check_eta(eta)
-    if eta > 0 and noise is None:
-        raise ValueError("noise: eta > 0 adds fresh noise, so say which, such as noise=Noise(seeds, shape)")
+    check_sampling(x, ts, noise, denoiser), check_share(eta, noise)
     ts, schedule = ts.to(x.device, torch.float64), denoiser.schedule
     down, up = down_and_up(schedule, ts[1:], ts[:-1], eta)
     middle = time_at(schedule, (schedule.logsnr(ts[:-1]) + schedule.logsnr(down)) / 2)
