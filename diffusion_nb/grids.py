@@ -142,13 +142,7 @@ def edm_grid(
     root = torch.linspace(largest ** (1 / rho), smallest ** (1 / rho), n, dtype=torch.float64)
     return torch.cat([time_at(schedule, -2 * rho * root.log()), torch.zeros(1, dtype=torch.float64)])
 
-# %% ../nbs/13_guidance.ipynb #49f33233
-from jaxtyping import Float
-from torch import Tensor
-
-from .schedules import Schedule
-
-# %% ../nbs/13_guidance.ipynb #5a3ce491
+# %% ../nbs/12_solvers.ipynb #5a3ce491
 def even_logsnr_grid(schedule: Schedule, n: int) -> Float[Tensor, " n+1"]:
     "n times of even log SNR from -6 to 2, then 0."
     start, near = time_at(schedule, [-6.0, 2.0]).tolist()
