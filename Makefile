@@ -25,7 +25,7 @@ mutations: $(STAMP)  ## put bugs into a copy of the library, one at a time, and 
 mutants: $(STAMP)  ## change the library at random, 300 times, and see how often the tests notice; ARGS='samplers -n 100 --seed 1'
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/mutations/auto.py $(ARGS)
 
-gpu:  ## check a GPU and time it, 8 minutes; with the PyTorch that PYTHON has, no .venv; results in OUT, else benchmarks/results/gpu
+gpu:  ## check a GPU and time it, 10 minutes; with the PyTorch that PYTHON has, no .venv; results in OUT, else benchmarks/results/gpu
 	$(PYTHON) tools/gpu.py $(ARGS)
 
 lab: $(STAMP)  ## open the book in JupyterLab

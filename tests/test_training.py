@@ -16,6 +16,7 @@ from diffusion_nb.denoisers import NetDenoiser, predict_v
 from diffusion_nb.losses.bound import bound_loss
 from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.losses.vdm import vdm_loss
+from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import TARGETS
 from diffusion_nb.schedules import CosineSchedule, VPSchedule
@@ -400,6 +401,27 @@ def test_skipped_steps_are_remembered(tmp_path):
         second.train_step()
     assert second.state.skipped == 1
     assert all(v.equal(whole.state.tensors()[k]) for k, v in second.state.tensors().items())
+
+
+def test_a_fused_step_goes_on_with_weights_in_channels_last(tmp_path):
+    "Its moments must lie in memory as the weights do: an H200 refused them after a checkpoint, and a CPU went on to other bits."
+
+    def run(name, steps):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = UNet(1, 8, (1, 2), 1, (1,)).to(memory_format=torch.channels_last)
+            nn.init.normal_(net.head[-1].weight, std=0.1)
+        denoiser, x0 = NetDenoiser(net, CosineSchedule(), predict_v), PICTURES.repeat(1, 1, 2, 2)
+        return trainer(denoiser, x0, steps=steps, batch=8, skip=True, checkpoint=tmp_path / name)
+
+    whole = run("whole", 4)
+    whole.fit()
+    run("parts", 2).fit()
+    again = run("parts", 4)
+    again.fit()
+    for p, moments in again.state.optimizer.state.items():
+        assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == p.stride()
+    assert all(v.equal(whole.state.tensors()[k]) for k, v in again.state.tensors().items())
 
 
 class Hungry(Scale):

@@ -1,8 +1,9 @@
-"""Check a GPU and time it, within eight minutes, most important first: what it computes, that nothing waits for it, training, drawing.
+"""Check a GPU and time it, within ten minutes, most important first: what it computes, that nothing waits for it, training, drawing.
 
-    python tools/gpu.py [--minutes 8] [--only NAME ...] [--device cpu]
+    python tools/gpu.py [--minutes 10] [--only NAME ...] [--device cpu]
 
-It needs PyTorch 2.11 or later and Python 3.11 or later; the few other packages are installed where they are missing, PyTorch never. Each stage is a
+It needs PyTorch 2.11 or later and Python 3.11 or later; the few other packages are installed where they are missing, PyTorch never
+(without a network: from wheels in the folder that PIP_FIND_LINKS names, with PIP_NO_INDEX=1). Each stage is a
 process of its own with a limit of time: one that fails is written down, and the next goes on. $OUT, else benchmarks/results/gpu/, gets gpu.json, anew
 after each stage, and of each stage its log, the tests' XML or the benchmark's JSON. --device cpu, at toy size, tries this script without a GPU.
 """
@@ -52,7 +53,7 @@ class Stage(NamedTuple):
 
 
 def stages(device: str, out: Path) -> list[Stage]:
-    "What is done, in this order. The limits of what needs no other library add up to eight minutes."
+    "What is done, in this order. The limits of what needs no other library add up to ten minutes."
 
     def tests(name, limit):
         alone = "-c /dev/null --rootdir tests/gpu --confcutdir tests/gpu -p no:cacheprovider -v --durations=10 --tb=short"  # no other conftest
@@ -65,8 +66,8 @@ def stages(device: str, out: Path) -> list[Stage]:
 
     toy = "--width=8 --batch=2 --rounds=1"
     return [
-        tests("equal", 60), tests("syncs", 45), tests("training", 150), tests("fast", 60),
-        timed("train", 70, "gpu train --minutes 0.2"), timed("sample", 55, "gpu sample --minutes 0.2"), timed("guesses", 40, "gpu fast --minutes 0.1"),
+        tests("equal", 85), timed("train", 70, "gpu train --minutes 0.2"), timed("sample", 55, "gpu sample --minutes 0.2"),
+        tests("training", 170), tests("syncs", 120), timed("guesses", 40, "gpu fast --minutes 0.1"), tests("fast", 60),
         timed("train-others", 150, "train --only diffusion_nb diffusers --rounds 3 --minutes 0.5", toy),
         timed("sample-others", 120, "sample --only diffusion_nb diffusers --rounds 2 --minutes 0.5", toy),
         timed("fifty-thousand", 90, "fifty_thousand --only ddim-50 dpmpp_2m-10 --minutes 0.25", "--width=8 --batch=2 --n=2"),
@@ -181,7 +182,7 @@ def run(args, out: Path) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8, help="for everything")
+    parser.add_argument("--minutes", type=float, default=10, help="for everything")
     parser.add_argument("--only", nargs="+", choices=[s.name for s in stages("cuda", ROOT)], help="some of the stages")  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
