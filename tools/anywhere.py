@@ -35,7 +35,7 @@ def tested(python: str, what: list[str], setting: dict[str, str], folder: Path) 
         "pytest",
         "-q",
         "-n",
-        "2",
+        str(max(1, 2 // int(env["OMP_NUM_THREADS"]))),  # more threads than cores take far longer
         "--dist",
         "loadfile",
         "--no-loadscope-reorder",
