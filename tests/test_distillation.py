@@ -202,10 +202,14 @@ class Watched:
         return self.loss(*args, **cond)
 
 
-@pytest.mark.parametrize("stage, step", [(4, 7), (2, 3), (1, 11)])
-def test_a_stopped_distillation_resumes_bit_for_bit(stage, step, tmp_path):
-    whole = distill(network(), PICTURES, 8, **OPTIONS)
+@pytest.fixture(scope="module")
+def whole():
+    "The students of a distillation that nothing stopped."
+    return distill(network(), PICTURES, 8, **OPTIONS)
 
+
+@pytest.mark.parametrize("stage, step", [(4, 7), (2, 3), (1, 11)])
+def test_a_stopped_distillation_resumes_bit_for_bit(stage, step, whole, tmp_path):
     def cut(teacher, n):
         count = iter(range(100))
 
