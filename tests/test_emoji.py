@@ -251,10 +251,10 @@ def test_what_is_kept_is_not_drawn_again_and_a_damaged_file_is(handful, tmp_path
     assert all(f"{name}-{v}" in file.name for name, v in versions().items()) and "32" in file.name
     assert torch.equal(emoji().x, first.x) and len(drawn) == 5
     whole = file.read_bytes()
-    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert torch.equal(emoji().x, first.x) and len(drawn) == 10 and file.read_bytes() == whole
-    file.write_bytes(whole[:100])
-    assert torch.equal(emoji().x, first.x) and len(drawn) == 15 and file.read_bytes() == whole
+    for times, damaged in ((2, whole[:-1] + bytes([whole[-1] ^ 1])), (3, whole[:100]), (4, b"")):
+        file.write_bytes(damaged)
+        for _ in range(2):
+            assert torch.equal(emoji().x, first.x) and len(drawn) == 5 * times
 
 
 @installed
