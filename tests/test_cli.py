@@ -186,7 +186,7 @@ def test_help(words, capsys):
 def test_what_was_run_is_written_down(tmp_path):
     assert main(["sample", "--n", "3", "--steps", "2", "--seed", "5", "--label", "7", "--out", str(tmp_path)]) == 0
     about = json.loads((tmp_path / "run.json").read_text())
-    assert (about["n"], about["steps"], about["seed"], about["label"], about["sampler"]) == (3, 2, 5, 7, "ddpm")
+    assert (about["n"], about["steps"], about["seed"], about["label"], about["sampler"]) == (3, 2, 5, "7", "ddpm")
     assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
 
 

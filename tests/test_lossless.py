@@ -66,6 +66,7 @@ def test_what_is_pushed_is_popped_and_costs_its_information(rows, state):
     assert stack.pop(chosen) == numbers and stack.state == state
 
 
+@settings(max_examples=30)
 @given(st.lists(tables, max_size=30), st.integers(FLOOR**12, FLOOR**13))
 def test_what_is_popped_can_be_pushed_back(chosen, state):
     stack = Stack(state)

@@ -421,7 +421,8 @@ def test_a_fused_step_goes_on_with_weights_in_channels_last(tmp_path):
     again.fit()
     for p, moments in again.state.optimizer.state.items():
         assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == p.stride()
-    assert all(v.equal(whole.state.tensors()[k]) for k, v in again.state.tensors().items())
+    want = whole.state.tensors()
+    assert all(v.equal(want[k]) for k, v in again.state.tensors().items())
 
 
 class Hungry(Scale):

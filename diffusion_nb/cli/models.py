@@ -17,15 +17,36 @@ def device_name(device) -> str:
 
 
 def load_model(name: str):
-    "The `Model` of a folder or a file of weights, or the digit model that comes with the book."
+    "The `Model` of a folder or a file of weights, or one that comes with the book: digits or cifar10."
     from diffusion_nb.experiments.digits import digit_denoiser
+    from diffusion_nb.experiments.pictures import cifar10_denoiser
     from diffusion_nb.models.model import About, Model
     from diffusion_nb.recipes.diffusion import recipe
 
-    if name != "digits":
+    own = {
+        "digits": (digit_denoiser, "digits", (1, 8, 8), 17),
+        "cifar10": (cifar10_denoiser, "cifar10-small", (3, 32, 32), 256),
+    }
+    if name not in own:
         return Model.load(name)
     if Path(name).exists():
         raise ValueError(
-            "digits is the model that comes with the book, and also a folder here: say ./digits for the folder"
+            f"{name} is a model that comes with the book, and also a folder here: say ./{name} for the folder"
         )
-    return Model(digit_denoiser(), About("diffusion", recipe("digits"), (1, 8, 8), 17))
+    load, section, shape, levels = own[name]
+    return Model(load(), About("diffusion", recipe(section), shape, levels))
+
+
+def label_of(label: str | None, about) -> int | None:
+    "The number of a class that is asked for by number or, for CIFAR-10, by name. Raises ValueError naming those there are."
+    from diffusion_nb.experiments.pictures import CIFAR10_CLASSES
+
+    if label is None:
+        return None
+    names, classes = CIFAR10_CLASSES if about.recipe.data == "cifar10" else (), about.recipe.classes
+    if label in names:
+        return names.index(label)
+    if label.isdecimal() and int(label) < classes:
+        return int(label)
+    known = f"the labels 0 to {classes - 1}" + (f", {', '.join(names)}" if names else "")
+    raise ValueError(f"--label: this model knows {known if classes else 'no labels'}; got {label}")

@@ -8,21 +8,21 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from diffusion_nb.cli.models import device_name, load_model
+from diffusion_nb.cli.models import device_name, label_of, load_model
 
 
 @dataclass
 class Sample:
     model: str = "digits"
-    "A folder or checkpoint written by train or distill, or digits: the model that comes with the book."
+    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits or cifar10."
     n: Annotated[int, arg(aliases=["--pictures"])] = 64
     "How many pictures (torchrun takes --n for its own: say --pictures)."
     steps: int | None = None
     "Steps of the sampler, if not 100, those of a student, or 1 for a consistency model."
     seed: int = 0
     "Picture i has seed SEED + i."
-    label: int | None = None
-    "Draw this class only, not all in turn."
+    label: str | None = None
+    "Draw this class only, not all in turn: its number or, for cifar10, its name, such as ship."
     guidance: float = 0.0
     "Classifier-free guidance, the weight w in (w+1) with - w without label."
     batch: int = 0
@@ -57,7 +57,8 @@ def sample(args: Sample) -> int:
         classes, start = model.about.recipe.classes, time.perf_counter()
         check_sample(args, classes)
         (sampler, ts), denoiser = walk_of(args, model), ready(args, model, device)
-        y = torch.arange(args.n) % (classes or 1) if args.label is None else torch.full((args.n,), args.label)
+        label = label_of(args.label, model.about)
+        y = torch.arange(args.n) % (classes or 1) if label is None else torch.full((args.n,), label)
         generate(file, denoiser, sampler, ts, args.n, model.about.shape, cond={"y": y} if classes else None,
                  first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
         if team.rank == 0:
@@ -82,12 +83,6 @@ def write_how(args: Sample, model, steps: int, here: dict, file: Path) -> None:
 
 def check_sample(args: Sample, classes: int) -> None:
     "Raise ValueError for what this model cannot be asked."
-    if args.label is not None and not 0 <= args.label < classes:
-        raise ValueError(
-            f"--label: this model knows the labels 0 to {classes - 1}"
-            if classes
-            else "--label: this model knows no labels"
-        )
     if args.guidance and not classes:
         raise ValueError("--guidance: this model knows no labels to be guided to")
     if args.n < 1 or args.batch < 0 or (args.steps is not None and args.steps < 1):
@@ -163,7 +158,7 @@ def write_grid(file: Path, path: Path, most: int = 400) -> None:
 @dataclass
 class BitsOptions:
     model: str = "digits"
-    "A folder written by train, or digits: the model that comes with the book."
+    "A folder written by train, or a model that comes with the book: digits or cifar10."
     n: int = 256
     "How many held-out pictures."
     steps: int = 1000

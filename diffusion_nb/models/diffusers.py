@@ -136,9 +136,9 @@ def unet_from_diffusers(config: dict, tensors: dict[str, Tensor]) -> UNet:
 
 def unet_to_diffusers(net: UNet) -> tuple[dict, dict[str, Tensor]]:
     "(config, weights) of the `UNet2DModel` that computes what our U-Net does. Raises ValueError where there is none."
-    config, found = config_of(net), {}
+    config, own, found = config_of(net), own_tensors(net), {}
     for ours, group in table_of(net, config).items():
-        found |= dict(zip(group, own_tensors(net)[ours].chunk(len(group)), strict=True))
+        found |= dict(zip(group, own[ours].chunk(len(group)), strict=True))
     return config, found
 
 

@@ -53,7 +53,8 @@ def names(net: SongUNet, size: int) -> dict[str, str]:
         else:
             layer |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in RES.items()}
     table = {f"{a}.{p}": f"{b}.{p}" for a, b in layer.items() for p in ("weight", "bias")}
-    return {a: b for a, b in (table | {"fourier.freqs": "map_noise.freqs"}).items() if a in own_tensors(net)}
+    table["fourier.freqs"], own = "map_noise.freqs", own_tensors(net)
+    return {a: b for a, b in table.items() if a in own}
 
 
 def fill_edm(

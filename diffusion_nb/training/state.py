@@ -121,7 +121,7 @@ class State:
         adam = get_optimizer_state_dict(self.denoiser, self.optimizer, options=options())
         adam["state"] = {name: {m: parts[m][name] for m in ADAM} for name in parts["exp_avg"]}
         set_optimizer_state_dict(self.denoiser, self.optimizer, adam, options=options())
-        for p, moments in self.optimizer.state.items():  # laid out in memory as the weights are, which a fused step needs
+        for p, moments in self.optimizer.state.items():  # in memory as the weights are, which a fused step needs
             moments |= {m: torch.empty_like(p, requires_grad=False).copy_(moments[m]) for m in ADAM[1:]}
         for part, values in self.memory_tensors().items():
             for name, v in values.items():

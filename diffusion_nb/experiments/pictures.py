@@ -1,0 +1,174 @@
+"""Models of real pictures that come with the book, and the judge of their drawings."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from diffusion_nb.data import data_set
+from diffusion_nb.denoisers import Clip, NetDenoiser
+from diffusion_nb.experiments.artifacts import artifact
+from diffusion_nb.experiments.judge import JudgeRecipe, accuracy_of
+from diffusion_nb.grids import edm_grid
+from diffusion_nb.guidance import CFG
+from diffusion_nb.metrics.features import frechet_distance
+from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.diffusion import Recipe, recipe, recipe_denoiser, recipe_trainer
+from diffusion_nb.recipes.settings import settings
+from diffusion_nb.samplers.linear import dpmpp_2m
+from diffusion_nb.training.batches import flip_half
+from diffusion_nb.util.checks import default_device
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class Residual(nn.Module):
+    "Two normalised 3×3 convolutions, added to what came in."
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
+            nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out))  # fmt: skip
+        same = (c_in, stride) == (c_out, 1)
+        change = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        self.skip = nn.Identity() if same else change
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
+        return F.relu(self.body(x) + self.skip(x))
+
+
+class PictureClassifier(nn.Module):
+    "A residual network for 32×32 pictures in colour: `judge(x)` gives logits (n, 10), `judge.features(x)` what they are read from, (n, 4·width)."
+
+    def __init__(self, width: int = 48):
+        super().__init__()
+        w = width
+        self.body = nn.Sequential(
+            nn.Conv2d(3, w, 3, 1, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(), Residual(w, w), Residual(w, w), Residual(w, 2 * w, 2),
+            Residual(2 * w, 2 * w), Residual(2 * w, 4 * w, 2), Residual(4 * w, 4 * w), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # fmt: skip
+        self.head = nn.Linear(4 * w, 10)
+
+    def features(self, x: Float[Tensor, "n 3 32 32"]) -> Float[Tensor, "n f"]:
+        return self.body(x)
+
+    def forward(self, x: Float[Tensor, "n 3 32 32"]) -> Float[Tensor, "n 10"]:
+        return self.head(self.features(x))
+
+
+def shifted(x: Float[Tensor, "n c h w"], by: Int[Tensor, "2 n"], border: int = 4) -> Float[Tensor, "n c h w"]:
+    "Each picture moved down and right by its numbers, 0 to 2·border, less `border`; what comes in is the mirrored border."
+    h, w = x.shape[2:]
+    rows, columns = (b[:, None] + torch.arange(s, device=x.device) for b, s in zip(by, (h, w), strict=True))
+    n, c = (torch.arange(k, device=x.device) for k in x.shape[:2])
+    padded = F.pad(x, (border,) * 4, mode="reflect")
+    return padded[n[:, None, None, None], c[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+@dataclass(frozen=True)
+class PictureJudgeRecipe(JudgeRecipe):
+    "A classifier of photographs, and its training; lr: the peak of one cycle of SGD."
+
+    data: str = "cifar10"
+    width: int = 48
+    steps: int = 2929
+    batch: int = 512
+    lr: float = 0.4
+
+
+def train_picture_judge(r: PictureJudgeRecipe) -> tuple[dict, dict]:
+    "The weights of a judge of photographs, in float16, and its accuracy on what was held out."
+    data, device = data_set(r.data).load(), default_device()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(r.seed)
+        judge = PictureClassifier(r.width).to(device)
+    g, x, y = torch.Generator(device).manual_seed(r.seed), data.x.to(device), data.y.to(device)
+    optimizer = torch.optim.SGD(judge.parameters(), r.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, r.lr, total_steps=r.steps, pct_start=0.2)
+    draw = lambda *shape: torch.rand(*shape, generator=g, device=device)
+    for k in tqdm(range(r.steps), desc="training the judge", leave=False):
+        place = k % (len(x) // r.batch) * r.batch
+        order = torch.randperm(len(x), generator=g, device=device) if place == 0 else order
+        pick = order[place : place + r.batch]
+        seen = flip_half(shifted(x[pick], (9 * draw(2, len(pick))).long()), draw(len(pick)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = F.cross_entropy(judge(seen).float(), y[pick], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        cycle.step()
+    weights = halved(judge.cpu())
+    return weights, {
+        f"accuracy on {len(data.x_test)} held-out pictures": round(judged_rightly(data, weights, r), 4)
+    }
+
+
+def judged_rightly(data, weights: dict[str, Tensor], r: PictureJudgeRecipe) -> float:
+    "The share of held-out pictures that these weights know."
+    judge = judge_of(weights, r)
+    parts = zip(data.x_test.split(500), data.y_test.split(500), strict=True)
+    return sum(accuracy_of(judge, x, y) * len(x) for x, y in parts) / len(data.x_test)
+
+
+def halved(module: nn.Module) -> dict[str, Tensor]:
+    "The weights in float16, on the CPU."
+    return {
+        k: v.detach().cpu().half() if v.is_floating_point() else v.cpu() for k, v in module.state_dict().items()
+    }
+
+
+def judge_of(weights: dict[str, Tensor], r: PictureJudgeRecipe) -> PictureClassifier:
+    "The judge with these weights, in eval mode."
+    judge = PictureClassifier(r.width)
+    judge.load_state_dict(weights)
+    return judge.eval().requires_grad_(False)
+
+
+def cifar10_judge() -> PictureClassifier:
+    "The judge of CIFAR-10 (artifact `cifar10_judge`, [judge.cifar10]); only training it anew needs the pictures."
+    r = settings("judge.cifar10", PictureJudgeRecipe)
+    return judge_of(artifact("cifar10_judge", train_picture_judge, r)[0], r)
+
+
+@torch.no_grad()
+def draw_pictures(denoiser: NetDenoiser, y: Int[Tensor, " n"], w: float = 1.0, steps: int = 20, first: int = 0) -> Float[Tensor, "n 3 h w"]:  # fmt: skip
+    "Pictures of these classes, by DPM-Solver++ 2M with guidance weight w."
+    classes, (weight, *_) = denoiser.net.label.num_embeddings - 1, denoiser.net.parameters()
+    noise = Noise(range(first, first + len(y)), (3, 32, 32), weight.device)(0)
+    ts = edm_grid(denoiser.schedule, steps, 0.02, 80.0)
+    return dpmpp_2m(Clip(CFG(denoiser, w, classes)), denoiser.schedule(ts[0])[1].float() * noise, ts, y=y.to(weight.device))  # fmt: skip
+
+
+@torch.no_grad()
+def judge_pictures(
+    denoiser: NetDenoiser, data, w: float = 1.0, n: int = 1000, batch: int = 100
+) -> dict[str, float]:
+    "What the judge says of n drawings, and of n held-out pictures: the share that is given its class, and the Fréchet distance to the training pictures."
+    judge, y = cifar10_judge(), torch.arange(n) % 10
+    x = torch.cat([draw_pictures(denoiser, part, w, first=2**20 + i * batch) for i, part in enumerate(tqdm(y.split(batch), desc="drawing", leave=False))])  # fmt: skip
+    seen = lambda pictures: torch.cat([judge.features(part) for part in pictures.split(500)])
+    real, drawn, held = seen(data.x[:10_000]), seen(x.cpu()), seen(data.x_test[:n])
+    return {
+        f"given their class, w = {w:g}": round((judge.head(drawn).argmax(1) == y).double().mean().item(), 4),
+        "held-out pictures given theirs": round((judge.head(held).argmax(1) == data.y_test[:n]).double().mean().item(), 4),
+        f"Fréchet distance, w = {w:g}": round(frechet_distance(drawn, real), 3),
+        "Fréchet distance of held-out pictures": round(frechet_distance(held, real), 3),
+    }  # fmt: skip
+
+
+def train_pictures(r: Recipe) -> tuple[dict, dict]:
+    "The weights of a model of pictures, in float16, and the judge's verdict; on a GPU compiled, in bfloat16."
+    data, on_gpu = data_set(r.data).load(), torch.cuda.is_available()
+    denoiser = recipe_trainer(r, data.x, data.y, bf16=on_gpu, compile=on_gpu).fit()
+    return halved(denoiser.net), judge_pictures(denoiser, data)
+
+
+def cifar10_denoiser() -> NetDenoiser:
+    "The trained model of CIFAR-10, y = 0…9 or 10 for any (artifact `cifar10_small`, [recipe.cifar10-small])."
+    r = recipe("cifar10-small")
+    denoiser = recipe_denoiser(r, (3, 32, 32))
+    denoiser.net.load_state_dict(artifact("cifar10_small", train_pictures, r)[0])
+    return denoiser.eval().requires_grad_(False)

@@ -1,0 +1,57 @@
+"""The model of CIFAR-10 that comes with the book, and its judge."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusion_nb.cli.models import label_of, load_model
+from diffusion_nb.experiments.artifacts import as_plain
+from diffusion_nb.experiments.pictures import (
+    CIFAR10_CLASSES,
+    PictureClassifier,
+    cifar10_denoiser,
+    cifar10_judge,
+    draw_pictures,
+    shifted,
+)
+from diffusion_nb.nets.unet import parameters
+from diffusion_nb.recipes.diffusion import Recipe, recipe
+
+
+def test_pictures_are_shifted_within_their_mirrored_border():
+    x = torch.arange(2 * 3 * 8 * 8.0).reshape(2, 3, 8, 8)
+    still = shifted(x, torch.tensor([[4, 4], [4, 4]]))
+    moved = shifted(x, torch.tensor([[5, 4], [4, 1]]))  # the first one row down, the second three columns left
+    assert still.equal(x)
+    assert moved[0, :, :7].equal(x[0, :, 1:]) and moved[0, :, 7].equal(x[0, :, 6])
+    assert moved[1, :, :, 3:].equal(x[1, :, :, :5]) and moved[1, :, :, :3].equal(x[1, :, :, 1:4].flip(2))
+
+
+def test_the_judge_reads_its_classes_off_its_features():
+    judge, x = cifar10_judge(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert parameters(PictureClassifier()) == 1_564_090 and judge.features(x).shape == (2, 192)
+    assert judge(x).equal(judge.head(judge.features(x)))
+
+
+def test_the_model_draws_what_it_is_asked_for():
+    "20 drawings of 5 classes that are easy; by chance two of them would be recognised."
+    y = torch.tensor([1, 6, 7, 8, 9]).repeat(4)
+    x = draw_pictures(cifar10_denoiser(), y, w=2.0, steps=8)
+    assert x.abs().max() < 1.5 and (cifar10_judge()(x).argmax(1) == y).sum() >= 15
+
+
+def test_it_is_asked_for_by_name_and_its_classes_too():
+    about = load_model("cifar10").about
+    assert about.shape == (3, 32, 32) and as_plain(about.recipe) == as_plain(recipe("cifar10-small"))
+    assert [label_of(name, about) for name in (*CIFAR10_CLASSES, "3", None)] == [*range(10), 3, None]
+
+
+@pytest.mark.parametrize("label, r, said", [
+    ("boat", recipe("cifar10-small"), "the labels 0 to 9, airplane, automobile, .* truck; got boat"),
+    ("-1", recipe("digits"), "the labels 0 to 9; got -1"),
+    ("ship", Recipe(classes=0), "no labels; got ship"),
+])  # fmt: skip
+def test_unknown_labels(label, r, said):
+    with pytest.raises(ValueError, match=f"--label: this model knows {said}"):
+        label_of(label, SimpleNamespace(recipe=r))
