@@ -4,6 +4,8 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import diffusion_nb.book  # noqa: F401  (it makes nbformat quick)
+
 project = "diffusion_nb"
 author = copyright = "the diffusion_nb authors"
 extensions = ["myst_nb", "sphinx.ext.mathjax"]

@@ -1,6 +1,6 @@
 """Write the book as web pages, from the notebooks as they are stored: nothing is run, and a reader needs no network."""
 
-import argparse
+import argparse  # noqa: I001  (diffusion_nb.book before nbformat, which it makes quick)
 import ast
 import re
 import shutil
@@ -15,12 +15,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import nbformat
 import parity
 from docutils.nodes import make_id
-from readme import readable
 
 from diffusion_nb.book.ledger import Ledger, cells_of, cites, errata_in, ledger
+
+import nbformat
+from readme import readable
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -93,6 +93,9 @@ def artifacts() -> int:
             continue
         path = project_root() / "data" / "artifacts" / f"{name}.json"
         old = json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
+        if (device := old.get("trained on", "a CPU")) != "a CPU" and not torch.cuda.is_available():
+            print(f"{name}: left as it is, for it was trained on an {device}, and here is no GPU")
+            continue
         card = ship_artifact(name, make, r)
         print(f"{name}: {card['seconds']} s")
         for metric, value in card["metrics"].items():

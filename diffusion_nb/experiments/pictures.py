@@ -79,6 +79,11 @@ class PictureJudgeRecipe(JudgeRecipe):
     lr: float = 0.4
 
 
+def trained_on() -> dict[str, str]:
+    "The device that a model of this module was trained on, for its card."
+    return {"trained on": torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"}
+
+
 def train_picture_judge(r: PictureJudgeRecipe) -> tuple[dict, dict]:
     "The weights of a judge of photographs, in float16, and its accuracy on what was held out."
     data, device = data_set(r.data).load(), default_device()
@@ -101,9 +106,8 @@ def train_picture_judge(r: PictureJudgeRecipe) -> tuple[dict, dict]:
         optimizer.step()
         cycle.step()
     weights = halved(judge.cpu())
-    return weights, {
-        f"accuracy on {len(data.x_test)} held-out pictures": round(judged_rightly(data, weights, r), 4)
-    }
+    accuracy = round(judged_rightly(data, weights, r), 4)
+    return weights, {f"accuracy on {len(data.x_test)} held-out pictures": accuracy} | trained_on()
 
 
 def judged_rightly(data, weights: dict[str, Tensor], r: PictureJudgeRecipe) -> float:
@@ -163,7 +167,7 @@ def train_pictures(r: Recipe) -> tuple[dict, dict]:
     "The weights of a model of pictures, in float16, and the judge's verdict; on a GPU compiled, in bfloat16."
     data, on_gpu = data_set(r.data).load(), torch.cuda.is_available()
     denoiser = recipe_trainer(r, data.x, data.y, bf16=on_gpu, compile=on_gpu).fit()
-    return halved(denoiser.net), judge_pictures(denoiser, data)
+    return halved(denoiser.net), judge_pictures(denoiser, data) | trained_on()
 
 
 def cifar10_denoiser() -> NetDenoiser:
