@@ -51,6 +51,7 @@ def test_it_is_asked_for_by_name_and_its_classes_too():
     ("boat", recipe("cifar10-small"), "the labels 0 to 9, airplane, automobile, .* truck; got boat"),
     ("-1", recipe("digits"), "the labels 0 to 9; got -1"),
     ("ship", Recipe(classes=0), "no labels; got ship"),
+    ("ship", recipe("cifar10"), "no labels; got ship"),
 ])  # fmt: skip
 def test_unknown_labels(label, r, said):
     with pytest.raises(ValueError, match=f"--label: this model knows {said}"):

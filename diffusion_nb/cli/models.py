@@ -43,7 +43,8 @@ def label_of(label: str | None, about) -> int | None:
 
     if label is None:
         return None
-    names, classes = CIFAR10_CLASSES if about.recipe.data == "cifar10" else (), about.recipe.classes
+    classes = about.recipe.classes
+    names = CIFAR10_CLASSES if classes and about.recipe.data == "cifar10" else ()
     if label in names:
         return names.index(label)
     if label.isdecimal() and int(label) < classes:

@@ -30,10 +30,8 @@ from diffusion_nb.samplers.linear import invert
 from diffusion_nb.samplers.sde import probability_flow
 
 CPU = torch.device("cpu")
-FLOAT64, FLOAT32 = (
-    1e-9,
-    1e-4,
-)  # relative, of a walk of a few steps; on an H200 up to 1.7e-10, by dpmpp_2s on cosine betas, where alpha(1) is 5e-5
+# Relative, of a walk of a few steps; on an H200 up to 1.7e-10, by dpmpp_2s on cosine betas, where alpha(1) is 5e-5.
+FLOAT64, FLOAT32 = 1e-9, 1e-4
 
 
 def drawn(dtype=torch.float32, device=DEVICE, n=4):
