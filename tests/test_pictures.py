@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffusion_nb.cli.book import artifacts
 from diffusion_nb.cli.models import label_of, load_model
 from diffusion_nb.experiments.artifacts import as_plain
 from diffusion_nb.experiments.pictures import (
@@ -56,3 +57,17 @@ def test_it_is_asked_for_by_name_and_its_classes_too():
 def test_unknown_labels(label, r, said):
     with pytest.raises(ValueError, match=f"--label: this model knows {said}"):
         label_of(label, SimpleNamespace(recipe=r))
+
+
+def test_what_a_gpu_trained_is_left_alone_where_there_is_none(monkeypatch, capsys):
+    asked = []
+    makers = {"cifar10_small": (asked.append, recipe("cifar10-small"))}
+    monkeypatch.setattr("diffusion_nb.cli.book.artifact_makers", lambda: makers)
+    monkeypatch.setattr("diffusion_nb.experiments.artifacts.ship_artifact", lambda name, make, r: make(r))
+    monkeypatch.setattr("diffusion_nb.data.DataSet.state", lambda self: "verified")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert artifacts() == 0 and not asked
+    assert (
+        "cifar10_small: left as it is, for it was trained on an NVIDIA H200, and here is no GPU"
+        in capsys.readouterr().out
+    )

@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from tools.anywhere import weak
 from tools.printed import Printed
 from tools.seen import Seen
 
@@ -132,3 +133,10 @@ def test_the_suite_compares_a_notebook_by_what_it_prints(tmp_path):
     for i, green in enumerate([*CELLS.values(), *PICTURES.values()]):
         found = re.search(rf"^(PASSED|FAILED) .*::Cell {i}\b", done.stdout, re.MULTILINE)
         assert found and (found[1] == "PASSED") == green, done.stdout
+
+
+def test_weak_evidence_is_named():
+    "One piece that moves by more than a third of its margin between two settings, and one that does not."
+    said = lambda *values: [dict(id="A", kind="limit", got=v, low=0.0, high=10.0) for v in values]
+    (line,) = weak({"one": said(4.0, 4.0), "other": said(6.0, 5.0)})
+    assert line.startswith("A, evidence 1 (limit): margin 4, spread 2: one 4, other 6;")

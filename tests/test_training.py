@@ -3,6 +3,7 @@
 import math
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import psutil
@@ -571,12 +572,33 @@ def test_a_checkpoint_of_another_network_names_what_differs(tmp_path):
         )
 
 
+def test_a_checkpoint_is_written_while_the_training_goes_on(tmp_path, monkeypatch):
+    file, go_on, straight = tmp_path / "run.safetensors", threading.Event(), trainer()
+
+    def slow(*args, **options):
+        assert go_on.wait(600), "the training waited for the disk"
+        save_file(*args, **options)
+
+    monkeypatch.setattr("diffusion_nb.util.storage.save_file", slow)
+    run = trainer(checkpoint=file, save_every=4)
+    for _ in range(4):
+        straight.train_step(), run.train_step()
+    run.save(wait=False)
+    for _ in range(3):
+        run.train_step()
+    assert not file.exists() and run.checkpoints.saved is None
+    go_on.set()
+    assert run.checkpoints.newest() == 4
+    tensors, about = load_tensors(file)
+    assert about["step"] == "4" and all(v.equal(tensors[k]) for k, v in straight.state.tensors().items())
+
+
 def test_a_disk_that_fills_up_costs_no_step(tmp_path, monkeypatch):
     file, run = tmp_path / "run.safetensors", None
     whole = trainer().fit()
 
     def full(*args, **options):
-        if 5 <= run.step < 15:
+        if 5 <= int(options["metadata"]["step"]) < 15:
             raise SafetensorError("No space left on device (os error 28)")
         save_file(*args, **options)
 

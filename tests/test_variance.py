@@ -8,6 +8,7 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -25,7 +26,8 @@ from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, cosine_betas, l
 from diffusion_nb.time_samplers import LossSecondMomentSampler, chain_times, importance_weighted
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.checks import expand_as
-from diffusion_nb.variances import fixed_large, fixed_small, learned_variance
+from diffusion_nb.variances import fixed_large, fixed_small, free_variance, learned_variance
+from tools.kernels import SERVER
 
 F64 = torch.float64
 BETAS = {"linear": linear_betas(1000), "cosine": cosine_betas(1000)}
@@ -131,6 +133,17 @@ def test_bound_terms_are_those_of_torch_distributions(name, decoder):
         assert got[i].item() == pytest.approx(T * want.item(), rel=1e-7), own
 
 
+def test_a_free_variance_is_what_the_network_says():
+    schedule, t = DDPMSchedule(BETAS["linear"]), torch.tensor([20, 500], dtype=F64) / 1000
+    x0, extra = draw(0, 2).clamp(-1, 1), draw(3, 2)
+    alpha, sigma = (expand_as(c, x0) for c in schedule(t))
+    pred = Prediction(q_sample(schedule, x0, t, draw(1, 2)), alpha, sigma, x0 + 0.1 * draw(2, 2), extra)
+    step = Step._make(expand_as(c, x0) for c in posterior_steps(schedule, t - 1e-3, t))
+    wrong = Normal(step.b * (pred.x0 - x0), (extra / 2).exp())  # the mean of the step, less the true one
+    want = 1000 * kl_divergence(Normal(torch.zeros_like(x0), step.small.sqrt()), wrong).flatten(1).mean(1)
+    torch.testing.assert_close(vlb_term(schedule, pred, x0, t, 1000, 17, free_variance), want)
+
+
 def test_hybrid_loss_is_the_sum_and_its_guess_hears_only_the_first():
     T, weight = 50, 0.01
     denoiser = NetDenoiser(Speaker().double(), DDPMSchedule(linear_betas(50)), predict_v)
@@ -190,27 +203,62 @@ def test_uniform_until_every_t_was_seen_often_enough():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=60), st.integers(1, 12), st.integers(1, 9))
-def test_memory_is_a_running_mean_however_it_is_fed(places, memory, batch):
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=60), st.integers(1, 5), st.integers(1, 60), st.integers(1, 9)
+)
+def test_the_last_losses_are_kept_however_they_are_fed(places, memory, batch, part):
     history, T = LossSecondMomentSampler(6, memory), 6
     t, losses = torch.tensor(places, dtype=F64) / T, torch.arange(1.0, len(places) + 1)
-    for part, values in zip(t.split(batch), losses.split(batch), strict=True):
-        history.remember(part, values)
+    for step, values in zip(t.split(batch), losses.split(batch), strict=True):
+        for mine, own in zip(step.split(part), values.split(part), strict=True):
+            history.remember(mine, own)
         history.update()
     for k in range(1, 7):
         own = losses[t == k / T].double()
         assert history.count[k - 1] == len(own)
-        if 0 < len(own) <= memory:  # so far a plain mean, whatever the batches
-            assert history.square[k - 1].item() == pytest.approx(own.square().mean().item())
-    assert history.square[history.count == 0].eq(0).all()
+        kept = torch.zeros(memory, dtype=F64)
+        for i, loss in enumerate(own):  # one after the other, the oldest makes room
+            kept[i % memory] = loss
+        assert history.last[k - 1].equal(kept)
 
 
-def test_memory_forgets():
-    history, t = LossSecondMomentSampler(2, memory=10), torch.tensor([0.5, 1.0], dtype=F64)
-    for loss in [100.0] * 10 + [1.0] * 100:
-        history.remember(t, torch.tensor([loss, 1.0]))
+def test_p_follows_the_root_of_the_mean_square():
+    history, t = LossSecondMomentSampler(2, memory=2), torch.tensor([0.5, 1.0], dtype=F64)
+    for losses in ([3.0, 5.0], [4.0, 0.0]):  # √((9 + 16) / 2) twice, but means of 3.5 and 2.5
+        history.remember(t, torch.tensor(losses))
         history.update()
-    assert history.square[0].item() == pytest.approx(1 + (100**2 - 1) * 0.9**100)
+    assert history.probabilities().tolist() == [0.5, 0.5]
+
+
+def test_a_step_of_which_nothing_was_remembered_is_refused():
+    with pytest.raises(ValueError, match=r"train on importance_weighted\(loss, history\)"):
+        LossSecondMomentSampler(3).update()
+
+
+def remember_in_a_team(rank, world, folder, t, losses):
+    "One process of `world`, which remembers its share of the batch."
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/team", rank=rank, world_size=world)
+    history = LossSecondMomentSampler(4, memory=3)
+    for times, values in zip(t, losses, strict=True):
+        history.remember(times.chunk(world)[rank], values.chunk(world)[rank])
+        history.update()
+    save_file(history.state_dict(), f"{folder}/{rank}.safetensors")
+
+
+def test_processes_share_one_memory(tmp_path):
+    t = torch.randint(1, 5, (5, 8), generator=torch.Generator().manual_seed(0)).double() / 4
+    losses, alone = torch.arange(1.0, 41).reshape(5, 8), LossSecondMomentSampler(4, memory=3)
+    for times, values in zip(t, losses, strict=True):
+        alone.remember(times, values)
+        alone.update()
+    team = [SERVER.Process(target=remember_in_a_team, args=(rank, 2, tmp_path, t, losses)) for rank in range(2)]
+    for process in team:
+        process.start()
+    for process in team:
+        process.join()
+    for rank in range(2):
+        theirs = load_file(tmp_path / f"{rank}.safetensors")
+        assert all(theirs[name].equal(value) for name, value in alone.state_dict().items())
 
 
 def test_times_are_the_inverse_of_the_distribution():
@@ -287,7 +335,7 @@ def test_training_resumes_with_its_memory_bit_for_bit(tmp_path):
     )  # importance was at work
     again.fit()
     assert all(a.equal(b) for a, b in zip(again.state.averages, whole.state.averages, strict=True))
-    assert again.time_sampler.square.equal(whole.time_sampler.square) and again.time_sampler.count.equal(
+    assert again.time_sampler.last.equal(whole.time_sampler.last) and again.time_sampler.count.equal(
         whole.time_sampler.count
     )
 
@@ -299,9 +347,9 @@ def test_networks_of_the_table_differ_in_the_outputs_alone():
     assert bounds_denoiser(r, cosine_betas, 2, seed=3).net.stem.weight.equal(
         bounds_denoiser(r, linear_betas, 1, seed=3).net.stem.weight
     )
-    row = torch.tensor([[[1.0, 2.0, 3.0, math.nan]] * 2, [[math.nan] * 4] * 2])
-    assert bits_card(row)["large, whole chain"] == "2.000 ± 0.000" and "learned, whole chain" not in bits_card(row)
-    assert len(WAYS) == 5
+    row = torch.tensor([[[1.0, 2.0, 3.0, math.nan]] * 2, [[1.0, 4.0, 3.0, math.nan]] * 2])
+    assert bits_card(row)["large, whole chain"] == "3.000 ± 1.414" and "learned, whole chain" not in bits_card(row)
+    assert len(WAYS) == 6
 
 
 # bad input

@@ -23,6 +23,7 @@ SETTINGS = {
     "no vectors": {"ATEN_CPU_CAPABILITY": "default", "DNNL_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
     "two threads": {"OMP_NUM_THREADS": "2"},
+    "another seed": {"DIFFUSION_NB_KERNEL_SEED": "1"},  # of what a notebook draws before it has set one
 }
 
 
@@ -64,6 +65,8 @@ def weak(claims: dict[str, list[dict]]) -> list[str]:
     for setting, rows in claims.items():
         count = defaultdict(int)
         for r in rows:
+            if r["id"] == "demo":  # made to fail, in the notebook on claims
+                continue
             key = r["id"], count[r["id"]]
             count[r["id"]] += 1
             found[key][setting] = r

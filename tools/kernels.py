@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 
+import torch
 from jupyter_client.provisioning import LocalProvisioner
 
 # Not matplotlib.pyplot: it arranges with a running IPython, when it is imported, that figures are shown.
@@ -24,6 +25,8 @@ def run_kernel(argv: list[str], cwd: str, env: dict[str, str]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    if seed := env.get("DIFFUSION_NB_KERNEL_SEED"):  # `make test-anywhere`: no stored output hangs on it
+        torch.manual_seed(int(seed))
     sys.argv = ["ipykernel_launcher", *argv]
     IPKernelApp.launch_instance(argv)
 

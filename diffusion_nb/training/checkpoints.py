@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,17 +18,45 @@ from diffusion_nb.util.storage import load_tensors, save_tensors, write_atomical
 class Checkpoints:
     """The `keep` last states of a run: the newest in the file `path`, those before it in `path`.1, `path`.2, …
 
-    Each is written whole or not at all, with a checksum; `load` passes over one that is damaged.
+    Each is written whole or not at all, with a checksum, while the training goes on; `load` passes over one that is damaged.
+    writes: False in all processes of a team but one.
     """
 
-    def __init__(self, path: Path | str, keep: int = 2):
+    def __init__(self, path: Path | str, keep: int = 2, writes: bool = True):
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 checkpoint to keep, got {keep}")
-        self.path, self.damaged, self.saved = Path(path), [], None  # saved: the step of the newest
+        self.path, self.damaged, self.writes = Path(path), [], writes
+        self.begun = self.saved = None  # the steps of the last that was begun, and of the newest that is whole
+        self.pool, self.writing = ThreadPoolExecutor(1), None
         self.files = [self.path.with_name(self.path.name + (f".{i}" if i else "")) for i in range(keep)]
 
     def exist(self) -> bool:
         return any(p.exists() for p in self.files)
+
+    def begin(self, tensors: dict[str, Tensor], about: dict) -> None:
+        "Copy the tensors, and write them in the background. A warning says so where those of the last `begin` could not be written."
+        try:
+            self.end()
+        except OSError as e:
+            warnings.warn(f"{e} Training goes on, and tries again with step {about['step']}", stacklevel=4)
+        self.begun = about["step"]
+        if self.writes:
+            copies = {name: v.detach().to("cpu", copy=True) for name, v in tensors.items()}
+            self.writing = self.pool.submit(self.save, copies, about)
+        else:
+            self.saved = self.begun
+
+    def end(self) -> None:
+        "Wait for what `begin` began. Raises OSError where it could not be written; the checkpoints before are as they were."
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+    def newest(self) -> int | None:
+        "The step of the newest that is whole, when nothing is being written any more."
+        with suppress(OSError):
+            self.end()
+        return self.saved
 
     def save(self, tensors: dict[str, Tensor], about: dict) -> None:
         "Write a checkpoint, whole or not at all. Raises OSError where it cannot be written; those before are as they were."
@@ -35,6 +65,7 @@ class Checkpoints:
         except OSError as e:
             before = "There is none yet." if self.saved is None else f"That of step {self.saved} is whole."
             raise OSError(f"the checkpoint of step {about['step']} could not be written: {e}. {before}") from e
+        self.saved = about["step"]
 
     def write(self, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
         draft = self.path.with_name(self.path.name + ".new")
@@ -63,7 +94,7 @@ class Checkpoints:
             if problems:
                 warnings.warn(f"{'; '.join(problems)}; going on from {path.name}", stacklevel=4)
             about = {k: json.loads(v) for k, v in about.items()}
-            self.saved = about["step"]
+            self.begun = self.saved = about["step"]
             return tensors, about
         raise ValueError(f"{'; '.join(problems)}; delete it to start again")
 

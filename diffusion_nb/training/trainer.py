@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -85,7 +84,7 @@ class Trainer:
         self.state = State(denoiser, lr=lr(0), betas=betas, memory=with_memory(time_sampler, hooks),
                            device=self.device, compile=compile, shard=shard, skip=skip)  # fmt: skip
         self.denoiser, self.average = self.state.denoiser, self.state.average
-        self.checkpoints = checkpoint and Checkpoints(checkpoint, keep_checkpoints)
+        self.checkpoints = checkpoint and Checkpoints(checkpoint, keep_checkpoints, writes=self.rank == 0)
         if self.checkpoints and self.checkpoints.exist():
             self.restore()
         check_same_step(self.step, self.world, checkpoint)
@@ -130,8 +129,8 @@ class Trainer:
                                    f"If another process died, the same command goes on{self._saved(' from the last checkpoint, step {1}')}") from e  # fmt: skip
         if not fits:
             raise MemoryError(what_fits(self))
-        if self.checkpoints and self.checkpoints.saved != self.step:
-            self.save()
+        if self.checkpoints:
+            self.checkpoints.end() if self.checkpoints.begun == self.step else self.save()
         if stop.is_set():
             how = f"run again to go on from {self.checkpoints.path}" if self.checkpoints else "nothing was saved"
             raise KeyboardInterrupt(f"stopped after step {self.step} of {self.steps}; {how}")
@@ -149,10 +148,7 @@ class Trainer:
             for hook in self.hooks:
                 hook(self)
             if saves:
-                try:
-                    self.save()
-                except OSError as e:
-                    warnings.warn(f"{e} Training goes on, and tries again after {self.save_every} steps", stacklevel=3)  # fmt: skip
+                self.save(wait=False)
 
     def _read(self, recent: list[Tensor], bar, enough: bool) -> bool:
         "Note the mean loss since the last look, and return whether any process has had enough: the only place that waits for the GPU."
@@ -169,19 +165,20 @@ class Trainer:
 
     def _saved(self, text: str) -> str:
         "The text with file and step of the last checkpoint; nothing where there is none."
-        return text.format(self.checkpoints.path, s) if self.checkpoints and (s := self.checkpoints.saved) else ""
+        step = self.checkpoints and self.checkpoints.newest()
+        return text.format(self.checkpoints.path, step) if step else ""
 
     def identity(self) -> dict:
         "What makes this run another than others. More steps are the same run, gone on with."
         own = dict(seed=self.seed, lr=self.lr(0), ema=self.ema(10**15), clip=self.clip, betas=list(self.betas))
         return own | self.names | self.batches.identity()
 
-    def save(self) -> None:
-        "Write the checkpoint, whole or not at all. Raises OSError where it cannot be written: those before are as they were."
-        tensors = self.state.tensors()  # from all processes
-        if self.rank == 0:
-            self.checkpoints.save(tensors, dict(step=self.step, run=self.identity(), losses=self.losses))
-        self.checkpoints.saved = self.step
+    def save(self, wait: bool = True) -> None:
+        "Write the checkpoint, whole or not at all; in the background, unless `wait`. Raises OSError where it cannot be written: those before are as they were."
+        about = dict(step=self.step, run=self.identity(), losses=list(self.losses))
+        self.checkpoints.begin(self.state.tensors(), about)  # from all processes
+        if wait:
+            self.checkpoints.end()
 
     def restore(self) -> None:
         "Go on from the newest checkpoint that is whole. Raises ValueError where none is, and where it is of another run."
