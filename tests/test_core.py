@@ -178,6 +178,12 @@ def test_what_is_shipped_is_never_written(shipped, maker, project, capsys):
     assert len(tensors["w"]) == 4 and card["recipe"] == {"size": 4} and files(project) == [".json", ".safetensors"]
 
 
+def test_what_is_shipped_of_other_code_is_made_again(shipped, maker, monkeypatch, capsys):
+    monkeypatch.setattr(artifacts, "fingerprint", lambda *_: "of other code")
+    artifact("a", maker.make, {"size": 3})
+    assert capsys.readouterr().out == "making a (its code has changed)\n" and maker.made == [3]
+
+
 def test_long_trainings_are_not_begun_unasked(shipped, maker, project, monkeypatch):
     card = json.loads((shipped / "a.json").read_text()) | {"seconds": 100}
     place = project / "slow"

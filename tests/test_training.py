@@ -327,6 +327,7 @@ def test_bytes_stand_for_the_pictures_they_were_made_from():
     a, b = (next(r.batches(3)) for r in runs)
     assert all(r.batches.source.x0.dtype == torch.uint8 for r in runs)
     assert a[0].equal(b[0]) and b[0].dtype == torch.float32
+    assert torch.isin(a[0], x).all()  # the very numbers of the pictures
     assert runs[0].train_step() == runs[1].train_step()
 
 

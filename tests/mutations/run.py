@@ -93,10 +93,14 @@ def copy(root: Path) -> Path:
     return root
 
 
-def with_cells_above(test: str) -> list[str]:
-    "A cell of a notebook needs those above it."
-    path, _, n = test.partition("::Cell ")
-    return [f"{path}::Cell {i}" for i in range(int(n) + 1)] if n else [test]
+def with_cells_above(test: str, root: Path = ROOT) -> list[str]:
+    "A cell of a notebook, named by its id, needs those above it; pytest counts the cells of code from 0. Raises ValueError where there is none of this id."
+    path, _, id = test.partition("::")
+    if not path.endswith(".ipynb") or not id:
+        return [test]
+    cells = json.loads((root / path).read_text(encoding="utf-8"))["cells"]
+    ids = [cell["id"] for cell in cells if cell["cell_type"] == "code"]
+    return [f"{path}::Cell {i}" for i in range(ids.index(id) + 1)]
 
 
 def first_failure(said: str) -> str | None:
