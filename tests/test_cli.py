@@ -504,3 +504,28 @@ def test_students_and_consistency_models_draw_in_their_own_way(tmp_path, capsys)
         == 1
     )
     assert "no other model does" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "heun"])
+def test_the_film_ends_with_the_pictures(sampler, tmp_path):
+    words = ["sample", "--n", "5", "--steps", "4", "--film", "--sampler", sampler, "--out", str(tmp_path)]
+    assert main([*words, "--seed", "3", "--device", "cpu"]) == 0
+    film, pictures = Image.open(tmp_path / "film.gif"), load_file(tmp_path / "samples.safetensors")["pictures"]
+    assert film.n_frames == 5 and film.size == (8 * (5 * 9 - 1), 8 * (2 * 9 - 1))  # 4 steps and the end
+    film.seek(4)
+    shown = (
+        torch.frombuffer(bytearray(film.convert("L").tobytes()), dtype=torch.uint8)
+        .reshape(film.height, film.width)
+        .int()
+    )
+    for row in (0, 1):
+        for k, x in enumerate(pictures):
+            place = shown[72 * row :, 72 * k :][:64:8, :64:8]
+            assert (place - (x[0].clamp(-1, 1) + 1) * 127.5).abs().max() < 3  # of 255; a GIF has 256 colours
+
+
+def test_a_consistency_model_has_no_film(tmp_path, capsys):
+    about = About("consistency", recipe("digits"), (1, 8, 8), 17)
+    model = SimpleNamespace(about=about, denoiser=SimpleNamespace(schedule=CosineSchedule()))
+    with pytest.raises(ValueError, match="--film: a consistency model maps noise to pictures at once"):
+        cli_sample.walk_of(cli_sample.Sample(film=True, sampler="consistency"), model)

@@ -55,6 +55,7 @@ tables = st.lists(st.integers(1, 10**6), min_size=1, max_size=20).map(
 )
 
 
+@settings(max_examples=30)
 @given(st.lists(st.tuples(tables, st.integers(0, 10**6)), max_size=30), st.integers(FLOOR, FLOOR**3))
 def test_what_is_pushed_is_popped_and_costs_its_information(rows, state):
     chosen = [t for t, _ in rows]

@@ -8,12 +8,14 @@ import torch
 from diffusion_nb.cli.book import artifacts
 from diffusion_nb.cli.models import label_of, load_model
 from diffusion_nb.experiments.artifacts import as_plain
+from diffusion_nb.experiments.judge import mnist_judge
 from diffusion_nb.experiments.pictures import (
     CIFAR10_CLASSES,
     PictureClassifier,
     cifar10_denoiser,
     cifar10_judge,
     draw_pictures,
+    mnist_denoiser,
     shifted,
 )
 from diffusion_nb.nets.unet import parameters
@@ -57,6 +59,13 @@ def test_it_is_asked_for_by_name_and_its_classes_too():
 def test_unknown_labels(label, r, said):
     with pytest.raises(ValueError, match=f"--label: this model knows {said}"):
         label_of(label, SimpleNamespace(recipe=r))
+
+
+def test_mnist_s_model_draws_the_digits_it_is_asked_for():
+    "30 drawings; by chance three of them would be recognised."
+    y = torch.arange(30) % 10
+    x = draw_pictures(mnist_denoiser(), y, w=0.5, steps=10, shape=(1, 28, 28))
+    assert x.shape == (30, 1, 28, 28) and (mnist_judge()(x).argmax(1) == y).sum() >= 27
 
 
 def test_what_a_gpu_trained_is_left_alone_where_there_is_none(monkeypatch, capsys):

@@ -17,14 +17,15 @@ def device_name(device) -> str:
 
 
 def load_model(name: str):
-    "The `Model` of a folder or a file of weights, or one that comes with the book: digits or cifar10."
+    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist or cifar10."
     from diffusion_nb.experiments.digits import digit_denoiser
-    from diffusion_nb.experiments.pictures import cifar10_denoiser
+    from diffusion_nb.experiments.pictures import cifar10_denoiser, mnist_denoiser
     from diffusion_nb.models.model import About, Model
     from diffusion_nb.recipes.diffusion import recipe
 
     own = {
         "digits": (digit_denoiser, "digits", (1, 8, 8), 17),
+        "mnist": (mnist_denoiser, "mnist-small", (1, 28, 28), 256),
         "cifar10": (cifar10_denoiser, "cifar10-small", (3, 32, 32), 256),
     }
     if name not in own:

@@ -14,7 +14,7 @@ from diffusion_nb.cli.models import device_name, label_of, load_model
 @dataclass
 class Sample:
     model: str = "digits"
-    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits or cifar10."
+    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist or cifar10."
     n: Annotated[int, arg(aliases=["--pictures"])] = 64
     "How many pictures (torchrun takes --n for its own: say --pictures)."
     steps: int | None = None
@@ -35,6 +35,8 @@ class Sample:
     "The network in bfloat16, for GPUs."
     out: str | None = None
     "Folder to write, if not runs/samples, where another run's pictures are replaced."
+    film: bool = False
+    "Write film.gif, too: how the first pictures, 16 at most, came out of the noise; above the state, below the guess."
     replace: bool = False
     "Delete what is in --out of another run."
     format: Literal["safetensors", "npz", "png"] = "safetensors"
@@ -63,11 +65,17 @@ def sample(args: Sample) -> int:
                  first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
         if team.rank == 0:
             write_grid(file, out / "grid.png")
+            if args.film:
+                first = torch.arange(min(args.n, 16))
+                cond = {"y": y[first]} if classes else {}
+                write_film(denoiser, sampler, ts, first + args.seed, model.about.shape, cond, out / "film.gif")
             here = dict(
                 seconds=round(time.perf_counter() - start, 1), device=device_name(device), processes=team.world
             )
             write_how(args, model, len(ts) - 1, here, out / "run.json")
-            print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json")
+            print(
+                f"{args.n} pictures: {file}, and {out}/grid.png and run.json{' and film.gif' if args.film else ''}"
+            )
     return 0
 
 
@@ -110,6 +118,8 @@ def walk_of(args: Sample, model):
         raise ValueError(
             f"--sampler {name}: a consistency model draws with the sampler consistency, and no other model does"
         )
+    if args.film and name == "consistency":
+        raise ValueError("--film: a consistency model maps noise to pictures at once; there is no walk to show")
     if args.variance and name != "ddpm":
         raise ValueError(f"--variance: it is of a step of ddpm; {name} has none to choose")
     sampler, times = SAMPLERS[name]
@@ -155,10 +165,32 @@ def write_grid(file: Path, path: Path, most: int = 400) -> None:
     write_atomically(path, lambda p: Image.fromarray(grid).save(p, "PNG"))
 
 
+def write_film(denoiser, sampler, ts, seeds, shape, cond: dict, path: Path) -> None:
+    "The walk of a few pictures, drawn once more, as an animation of up to 40 frames: the states, scaled to one size, and what is guessed from them."
+    import torch
+
+    from diffusion_nb.generation.generate import draw
+    from diffusion_nb.util.images import animate
+    from diffusion_nb.util.storage import write_atomically
+
+    frames, n = [], len(ts) - 1
+    kept = {round(i * (n - 1) / 39) for i in range(40)} if n > 40 else set(range(n))
+
+    def keep(i, x, pred):
+        if i in kept:
+            state = pred.x_t / (pred.alpha**2 + pred.sigma**2).sqrt() / 2
+            frames.append(torch.cat([state, pred.x0]).float().clamp(-1, 1).cpu())
+
+    last = draw(denoiser, partial(sampler, callback=keep), ts, seeds, shape, cond).float().clamp(-1, 1).cpu()
+    frames += 10 * [torch.cat([last, last])]
+    gif = animate(frames, columns=len(seeds), scale=max(1, 64 // shape[1]))
+    write_atomically(path, lambda p: p.write_bytes(gif))
+
+
 @dataclass
 class BitsOptions:
     model: str = "digits"
-    "A folder written by train, or a model that comes with the book: digits or cifar10."
+    "A folder written by train, or a model that comes with the book: digits, mnist or cifar10."
     n: int = 256
     "How many held-out pictures."
     steps: int = 1000

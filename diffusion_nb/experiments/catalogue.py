@@ -27,7 +27,12 @@ def artifact_makers() -> dict:
         train_weak,
     )
     from diffusion_nb.experiments.judge import JudgeRecipe, train_judge
-    from diffusion_nb.experiments.pictures import PictureJudgeRecipe, train_picture_judge, train_pictures
+    from diffusion_nb.experiments.pictures import (
+        PictureJudgeRecipe,
+        train_mnist,
+        train_picture_judge,
+        train_pictures,
+    )
     from diffusion_nb.experiments.variance import BoundsRecipe, run_improved
     from diffusion_nb.experiments.vdm import TargetsRecipe, run_targets, run_vdm, vdm_digits_recipe
     from diffusion_nb.recipes.diffusion import recipe
@@ -53,5 +58,6 @@ def artifact_makers() -> dict:
         "distilled_guided": (run_guided, of("distill.guided", GuidedRecipe)),
         "cifar10_judge": (train_picture_judge, of("judge.cifar10", PictureJudgeRecipe)),
         "cifar10_small": (train_pictures, recipe("cifar10-small")),
+        "mnist_small": (train_mnist, recipe("mnist-small")),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
     }

@@ -1,5 +1,6 @@
 """Models of real pictures that come with the book, and the judge of their drawings."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusion_nb.data import data_set
+from diffusion_nb.data import Pictures, data_set
 from diffusion_nb.denoisers import Clip, NetDenoiser
 from diffusion_nb.experiments.artifacts import artifact
-from diffusion_nb.experiments.judge import JudgeRecipe, accuracy_of
+from diffusion_nb.experiments.judge import JudgeRecipe, accuracy_of, mnist_judge
 from diffusion_nb.grids import edm_grid
 from diffusion_nb.guidance import CFG
 from diffusion_nb.metrics.features import frechet_distance
@@ -138,21 +139,21 @@ def cifar10_judge() -> PictureClassifier:
 
 
 @torch.no_grad()
-def draw_pictures(denoiser: NetDenoiser, y: Int[Tensor, " n"], w: float = 1.0, steps: int = 20, first: int = 0) -> Float[Tensor, "n 3 h w"]:  # fmt: skip
-    "Pictures of these classes, by DPM-Solver++ 2M with guidance weight w."
+def draw_pictures(denoiser: NetDenoiser, y: Int[Tensor, " n"], w: float = 1.0, steps: int = 20, first: int = 0, shape: Sequence[int] = (3, 32, 32)) -> Float[Tensor, "n c h w"]:  # fmt: skip
+    "Pictures of these classes, by DPM-Solver++ 2M with guidance weight w; shape: of one picture."
     classes, (weight, *_) = denoiser.net.label.num_embeddings - 1, denoiser.net.parameters()
-    noise = Noise(range(first, first + len(y)), (3, 32, 32), weight.device)(0)
+    noise = Noise(range(first, first + len(y)), shape, weight.device)(0)
     ts = edm_grid(denoiser.schedule, steps, 0.02, 80.0)
     return dpmpp_2m(Clip(CFG(denoiser, w, classes)), denoiser.schedule(ts[0])[1].float() * noise, ts, y=y.to(weight.device))  # fmt: skip
 
 
 @torch.no_grad()
 def judge_pictures(
-    denoiser: NetDenoiser, data, w: float = 1.0, n: int = 1000, batch: int = 100
+    denoiser: NetDenoiser, data: Pictures, judge: nn.Module, w: float = 1.0, n: int = 1000, batch: int = 100
 ) -> dict[str, float]:
     "What the judge says of n drawings, and of n held-out pictures: the share that is given its class, and the Fréchet distance to the training pictures."
-    judge, y = cifar10_judge(), torch.arange(n) % 10
-    x = torch.cat([draw_pictures(denoiser, part, w, first=2**20 + i * batch) for i, part in enumerate(tqdm(y.split(batch), desc="drawing", leave=False))])  # fmt: skip
+    y, shape = torch.arange(n) % 10, tuple(data.x.shape[1:])
+    x = torch.cat([draw_pictures(denoiser, part, w, first=2**20 + i * batch, shape=shape) for i, part in enumerate(tqdm(y.split(batch), desc="drawing", leave=False))])  # fmt: skip
     seen = lambda pictures: torch.cat([judge.features(part) for part in pictures.split(500)])
     real, drawn, held = seen(data.x[:10_000]), seen(x.cpu()), seen(data.x_test[:n])
     return {
@@ -163,16 +164,35 @@ def judge_pictures(
     }  # fmt: skip
 
 
-def train_pictures(r: Recipe) -> tuple[dict, dict]:
+def train_judged(r: Recipe, judge: nn.Module, w: float) -> tuple[dict, dict]:
     "The weights of a model of pictures, in float16, and the judge's verdict; on a GPU compiled, in bfloat16."
     data, on_gpu = data_set(r.data).load(), torch.cuda.is_available()
     denoiser = recipe_trainer(r, data.x, data.y, bf16=on_gpu, compile=on_gpu).fit()
-    return halved(denoiser.net), judge_pictures(denoiser, data) | trained_on()
+    return halved(denoiser.net), judge_pictures(denoiser, data, judge, w) | trained_on()
+
+
+def train_pictures(r: Recipe) -> tuple[dict, dict]:
+    "The model of CIFAR-10, with what its judge says."
+    return train_judged(r, cifar10_judge(), 1.0)
+
+
+def train_mnist(r: Recipe) -> tuple[dict, dict]:
+    "The model of MNIST, with what its judge says."
+    return train_judged(r, mnist_judge(), 0.5)
+
+
+def kept_denoiser(name: str, make: Callable, r: Recipe, shape: Sequence[int]) -> NetDenoiser:
+    "The model that the artifact `name` keeps, in eval mode, without gradients."
+    denoiser = recipe_denoiser(r, shape)
+    denoiser.net.load_state_dict(artifact(name, make, r)[0])
+    return denoiser.eval().requires_grad_(False)
 
 
 def cifar10_denoiser() -> NetDenoiser:
     "The trained model of CIFAR-10, y = 0…9 or 10 for any (artifact `cifar10_small`, [recipe.cifar10-small])."
-    r = recipe("cifar10-small")
-    denoiser = recipe_denoiser(r, (3, 32, 32))
-    denoiser.net.load_state_dict(artifact("cifar10_small", train_pictures, r)[0])
-    return denoiser.eval().requires_grad_(False)
+    return kept_denoiser("cifar10_small", train_pictures, recipe("cifar10-small"), (3, 32, 32))
+
+
+def mnist_denoiser() -> NetDenoiser:
+    "The trained model of MNIST, y = 0…9 or 10 for any (artifact `mnist_small`, [recipe.mnist-small])."
+    return kept_denoiser("mnist_small", train_mnist, recipe("mnist-small"), (1, 28, 28))
