@@ -1,26 +1,39 @@
 """Defaults, dtypes and edges, each a line or two: what no other test would miss."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusion_nb.denoisers import Consistency
+from diffusion_nb.denoisers import Consistency, predict_edm
 from diffusion_nb.experiments.judge import digit_judge
-from diffusion_nb.forward import offset_noise
-from diffusion_nb.grids import geometric_grid
+from diffusion_nb.forward import offset_noise, q_sample
+from diffusion_nb.grids import geometric_grid, respaced_grid
+from diffusion_nb.guidance import DynamicThreshold
 from diffusion_nb.likelihood.bits import check_levels
-from diffusion_nb.losses.bound import bound_loss
+from diffusion_nb.losses.bound import bound_loss, vlb_term
 from diffusion_nb.losses.consistency import perceptual
 from diffusion_nb.losses.vdm import scale_gradient_by_loss
-from diffusion_nb.metrics.samples import typicality
+from diffusion_nb.metrics.samples import energy_distance, typicality
 from diffusion_nb.mixtures import GMMDenoiser, ring_mixture
+from diffusion_nb.nets.classifier import NoisyClassifier
 from diffusion_nb.nets.song import FourierFeatures
-from diffusion_nb.nets.unet import Down, UNet, parameters
+from diffusion_nb.nets.unet import Down, UNet, cos_first_embedding, ddpm_init, parameters
 from diffusion_nb.noise import BrownianPath, Noise
 from diffusion_nb.samplers.langevin import langevin, langevin_step
-from diffusion_nb.samplers.sde import reverse_diffusion
-from diffusion_nb.schedules import CosineSchedule, EDMSchedule, MonotoneNet, VPSchedule
-from diffusion_nb.time_samplers import LevelSampler, LossSecondMomentSampler
+from diffusion_nb.samplers.linear import dpmpp_2m_sde
+from diffusion_nb.samplers.sde import euler_maruyama, reverse_diffusion, reverse_sde
+from diffusion_nb.schedules import (
+    CosineSchedule,
+    EDMSchedule,
+    LearnedSchedule,
+    LinearGamma,
+    MonotoneNet,
+    VPSchedule,
+)
+from diffusion_nb.time_samplers import LevelSampler, LossSecondMomentSampler, growing_number
+from diffusion_nb.variances import fixed_small
 
 F64 = torch.float64
 
@@ -130,3 +143,61 @@ def test_defaults():
     assert parameters(MonotoneNet()) == parameters(MonotoneNet(1024))
     assert type(typicality(lambda x: x[:, 0], draw(4, (1,)), draw(5, (1,)))) is float
     assert Consistency(lambda x, t: x, EDMSchedule()).sigma_data == 1
+
+
+def test_the_bound_passes_on_what_is_asked_for():
+    denoiser, x0, eps = (
+        GMMDenoiser(ring_mixture(3), CosineSchedule()),
+        draw(3, (2,)).clamp(-1, 1).round(),
+        draw(3, (2,)),
+    )
+    t, y = torch.tensor([0.2, 0.5, 0.9], dtype=F64), torch.tensor([0, 1, 2])
+    pred = denoiser(q_sample(denoiser.schedule, x0, t, eps), t, y=y)
+    want = vlb_term(denoiser.schedule, pred, x0, t, 10, 3, fixed_small, fixed_small)
+    assert bound_loss(10, 3, fixed_small, fixed_small)(denoiser, x0, t, eps, y=y).equal(want)
+
+
+def test_the_reverse_equation_passes_on_what_is_asked_for():
+    denoiser, x, noise = (
+        GMMDenoiser(ring_mixture(3), CosineSchedule()),
+        draw(3, (2,)),
+        Noise(range(3), (2,), dtype=F64),
+    )
+    ts, y = torch.tensor([0.5, 0.4], dtype=F64), torch.tensor([0, 1, 2])
+    pred, ((a, b, c),) = denoiser(x, ts[0], y=y), euler_maruyama(denoiser.schedule, ts)
+    torch.testing.assert_close(reverse_sde(denoiser, x, ts, noise=noise, y=y), a * x + b * pred.eps + c * noise(1))
+
+
+def test_times_in_float32_serve_as_well():
+    denoiser, x = GMMDenoiser(ring_mixture(3), CosineSchedule()), draw(3, (2,))
+    ts, noise = torch.tensor([0.75, 0.5, 0.25]), Noise(range(3), (2,), dtype=F64)
+    assert dpmpp_2m_sde(denoiser, x, ts, noise=noise).equal(dpmpp_2m_sde(denoiser, x, ts.double(), noise=noise))
+
+
+def test_energy_distance_of_two_pairs():
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [5.0]])
+    assert energy_distance(x, y) == pytest.approx(2 * (2 * (3 + 5 + 2 + 4) / 4 - 1 - 2))
+
+
+def test_levels_grow_by_the_square():
+    middle = (0.5 * (151**2 - 10**2) + 10**2) ** 0.5
+    assert growing_number(10, 150, 1000)(500) == math.ceil(middle - 1) + 1
+
+
+def test_weights_that_begin_at_zero_stay_there():
+    net = ddpm_init(UNet(1, 8, (1,), 1, ()))
+    assert not net.head[-1].weight.any()
+    assert 0.8 < net.stem.weight.std() / (2 / (9 + 72)) ** 0.5 < 1.2
+
+
+def test_more_defaults():
+    assert LossSecondMomentSampler(5).memory == 10
+    assert LinearGamma().ends.tolist() == LearnedSchedule().schedule.ends.tolist() == [-13.3, 5.0]
+    assert 15 < FourierFeatures(8000).freqs.std() < 17
+    assert NoisyClassifier(CosineSchedule()).blocks[0].time.out_features == 2 * 16  # a scale and a shift
+    assert cos_first_embedding(torch.tensor([3.0]), 8).dtype == torch.float32
+    assert ring_mixture(3).sample(4)[0].equal(ring_mixture(3).sample(4, seed=0)[0])
+    assert predict_edm()(*torch.tensor([1.0, 2.0])) == predict_edm(0.5)(*torch.tensor([1.0, 2.0]))
+    assert respaced_grid(30, 7).dtype == F64
+    assert len(geometric_grid(VPSchedule(), 2, 100.0, 0.1)) == 3  # of at most 152
+    assert DynamicThreshold(GMMDenoiser(ring_mixture(3), CosineSchedule()), largest=1.0).largest == 1
