@@ -117,7 +117,7 @@ class LossSecondMomentSampler(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        "Take in what was collected since the last update, by all processes, in the order of the batch."
+        "Take in what was collected since the last update, by all processes, in the order of the batch. Raises ValueError where that is nothing."
         if not self.new:
             raise ValueError("no loss was remembered in this step: train on importance_weighted(loss, history)")
         i, losses = (everyone(torch.cat(part)) for part in zip(*self.new, strict=True))

@@ -160,7 +160,7 @@ def bits_card(row: Float[Tensor, "seeds 2 4"]) -> dict[str, str]:
 
 # %% ../../nbs/14_iddpm.ipynb #a93efc65
 def improved_table() -> tuple[Float[Tensor, "ways seeds 2 4"], dict[str, Tensor]]:
-    "What `run_improved` found, and the weights of its network (artifact `improved`, recipe in settings.ini under [bounds], some half an hour on one core)."
+    "What `run_improved` found, and the weights of its network (artifact `improved`, recipe in settings.ini under [bounds], half an hour or so on one core)."
     tensors, _ = artifact("improved", run_improved, settings("bounds", BoundsRecipe))
     return tensors.pop("table"), tensors
 
