@@ -132,7 +132,8 @@ class UNet(nn.Module):
     width, mults: level i works on width · mults[i] channels (multiples of 4); each level halves the picture.
     blocks: residual blocks a level on the way down.
     attention: the levels that attend; the middle always does. head_width: channels per head (0: one head); heads: how many, instead.
-    classes: the number of labels y; y = classes means "any".
+    classes: the number of labels y; y = classes means "any". condition: instead of labels, a module that makes 4·width numbers of any y, with
+    a method `check_y`; they are added behind the layers that read the time.
     dropout: inside the residual blocks. patch: pixels folded into channels, patch × patch.
     scale_shift, biggan, rescale: ADM's changes: the time as scale and shift of a normalisation, residual blocks that change
     the size instead of single convolutions, and residual sums divided by √2. (SUR-adm)
@@ -145,7 +146,7 @@ class UNet(nn.Module):
                  attention: Sequence[int] = (1,), head_width: int = 0, classes: int = 0, dropout: float = 0.0,
                  patch: int = 1, channels_out: int = 0, scale_shift: bool = False, biggan: bool = False,
                  rescale: bool = False, heads: int = 0, time_embedding: Callable = time_embedding, eps: float = 1e-6,
-                 symmetric: bool = False, label_after: bool = False):  # fmt: skip
+                 symmetric: bool = False, label_after: bool = False, condition: nn.Module | None = None):  # fmt: skip
         super().__init__()
         if width % 4 or not set(attention) <= set(range(len(mults))):
             raise ValueError(f"expected a width that is a multiple of 4, and attention at levels 0 to {len(mults) - 1}; "
@@ -153,11 +154,9 @@ class UNet(nn.Module):
         self.width, self.patch, self.multiple = width, patch, patch * 2 ** (len(mults) - 1)
         self.embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
         rows = (classes, 4 * width) if label_after else (classes + 1, width)
-        self.label, self.label_after, self.time_embedding = (
-            nn.Embedding(*rows) if classes else None,
-            label_after,
-            time_embedding,
-        )
+        labels = nn.Embedding(*rows) if classes else None
+        self.label = labels if condition is None else condition
+        self.label_after, self.time_embedding = label_after or condition is not None, time_embedding
 
         block = partial(ResBlock, c_time=4 * width, dropout=dropout, scale_shift=scale_shift, rescale=rescale)
 
@@ -235,8 +234,10 @@ class UNet(nn.Module):
         if (y is None) == (self.label is not None):
             raise ValueError("y: expected a label for each picture (y = classes means any)" if y is None else
                              "y: this network was built without classes")  # fmt: skip
-        if y is not None:
+        if isinstance(self.label, nn.Embedding):
             check_labels(y, self.label.num_embeddings - (not self.label_after), any=not self.label_after)
+        elif y is not None:
+            self.label.check_y(y)
 
 # %% ../../nbs/06_unet.ipynb #89a5943a
 ADM = dict(
