@@ -1,5 +1,6 @@
 """The web pages: all there, all links hold, nothing is fetched from elsewhere; and the build says so when not."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import parity  # noqa: E402
 from pages import Page, broken  # noqa: E402
+
+from diffusion_nb.book.pictures import alt_texts, with_alt_texts  # noqa: E402
 
 
 def build(root, out):
@@ -60,6 +63,23 @@ def test_pages_say_where_to_run_them(site):
     colab = project.replace("https://github.com", "https://colab.research.google.com/github")
     links = Page((site / "03_posterior.html").read_text()).links
     assert f"{colab}/blob/main/nbs/03_posterior.ipynb" in links and "running.html" in links
+
+
+def test_pictures_say_what_they_show_where_they_cannot_be_seen(site):
+    page = (site / "07_ddpm.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<img alt="([^"]*)"', page)
+    assert "drawn by the network that was trained above" in shown and all(map(len, shown)) and len(shown) > 6
+
+
+def test_alternative_texts_are_the_titles_of_pictures():
+    cells = [dict(cell_type="markdown", source="# A\n## Noise"),
+             dict(cell_type="code", source='ax.set(title=f"{n} draws", xlabel="t")\nax.set_title("a\\nb"); ax.set_title("t")', outputs=[{"data": {"image/png": ""}}]),
+             dict(cell_type="code", source="plot()", outputs=[{"text": ""}, {"data": {"image/gif": ""}}, {"data": {"image/png": ""}}])]  # fmt: skip
+    found = [(cells.index(cell), text) for cell, text in alt_texts(cells)]
+    assert found == [(1, "… draws · t · a b"), (2, "picture of the section “Noise”"), (2, "picture of the section “Noise”")]  # fmt: skip
+    none = 'alt="No description has been provided for this image"'
+    page = with_alt_texts(f"<img {none}><img alt='x'><img {none}>", cells[1:2])
+    assert page == '<img alt="… draws · t · a b"><img alt=\'x\'><img alt="picture">'
 
 
 def test_ledger_has_a_row_for_every_statement(site):

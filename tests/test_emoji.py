@@ -4,12 +4,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import diffusion_nb.emoji as module
+from diffusion_nb.cli import sample as cli_sample
+from diffusion_nb.cli.main import main
+from diffusion_nb.cli.samplers import SAMPLERS
+from diffusion_nb.denoisers import Clip
 from diffusion_nb.emoji import (
     GENDERS,
     PACKAGES,
     TONES,
+    Emoji,
     Parts,
     bag_of_words,
     caption_of,
@@ -22,6 +28,17 @@ from diffusion_nb.emoji import (
     vocabulary,
     words,
 )
+from diffusion_nb.experiments.emoji import (
+    answered,
+    disturbed,
+    emoji_trainer,
+    known_answers,
+)
+from diffusion_nb.generation.generate import draw
+from diffusion_nb.guidance import CFG
+from diffusion_nb.models.model import About, Model
+from diffusion_nb.nets.words import BagOfWords
+from diffusion_nb.recipes.captions import CaptionRecipe, caption_denoiser
 
 
 def versions() -> dict[str, str]:
@@ -296,3 +313,120 @@ def test_missing_packages_are_named(monkeypatch):
 def test_other_sizes_are_refused():
     with pytest.raises(ValueError, match="size: expected 32 or 64 pixels; got 48"):
         emoji(48)
+
+
+# the model and its judge
+
+WORDS = ("apple", "dark", "red")
+
+
+def test_a_reader_of_words():
+    torch.manual_seed(0)
+    reader = BagOfWords(WORDS, 8, 16)
+    told = reader.told(["red apple", "apple red"])
+    assert told.tolist() == 2 * [[1, 0, 1]] and reader(told)[0].equal(reader(told)[1])
+    first, _, last = reader.layers
+    want = last(torch.nn.functional.silu(first.weight[:, 0] + first.weight[:, 2] + first.bias))
+    assert reader(told)[0].allclose(want, atol=1e-6)
+    with pytest.raises(ValueError, match="'rad' is none of the 3 known words; did you mean 'red'"):
+        reader.told(["rad apple"])
+    for wrong in (torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match="y: expected the counts of 3 words"):
+            reader.check_y(wrong)
+    assert reader.check_y(told) is None
+
+
+def toy(n: int = 6) -> Emoji:
+    "Made-up pictures, the last of which is held out; the second has two tones, the even ones may be mirrored."
+    x = 2 * torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+    captions = tuple(f"thing {chr(97 + i)}" for i in range(n))
+    train, none = torch.arange(n) < n - 1, torch.zeros(n, dtype=torch.bool)
+    tones = ((), ("dark", "light"), *(n - 2) * (("dark",),))
+    return Emoji(x, captions, n * ("Objects",), captions, n * ("",), tones, train, ~train, none, torch.arange(n) % 2 == 0)  # fmt: skip
+
+
+def test_what_the_model_is_trained_on():
+    "Each picture of the training split twice, the second time mirrored where that has the same caption; caption and picture belong together."
+    data = toy()
+    trainer = emoji_trainer(
+        CaptionRecipe(width=4, mults=(1,), attention=(0,), steps=1, batch=400), data, device="cpu"
+    )
+    reader = trainer.denoiser.net.label
+    assert reader.words == vocabulary(data.captions) and trainer.batches.source.n == 10
+    (x, _, _, cond), *_ = trainer.batches(0)
+    seen = {"": 0} | {(i, turned): 0 for i in range(5) for turned in (False, True)}
+    wanted = {
+        (i, turned): (data.x[i].flip(2) if turned else data.x[i]) for i in range(5) for turned in (False, True)
+    }
+    told = reader.told(data.captions)
+    for picture, y in zip(x, cond["y"], strict=True):
+        which = [k for k, v in wanted.items() if (v - picture).abs().max() < 0.01]
+        assert len(which) == 1 and (not y.any() or y.equal(told[which[0][0]]))
+        seen[which[0] if y.any() else ""] += 1
+    assert all(bool(seen[i, True]) == (i % 2 == 0) and seen[i, False] for i in range(5)) and 10 < seen[""] < 80
+
+
+def test_what_the_judge_is_asked():
+    data = toy()
+    answers = known_answers(data)
+    assert answers == {
+        "role": data.captions[:5],
+        "gender": ("",),
+        "tone": ("dark", "none"),
+        "category": ("Objects",),
+    }
+    right = answered(data, answers)
+    assert right["role"].tolist() == [0, 1, 2, 3, 4, -100] and right["tone"].tolist() == [1, -100, 0, 0, 0, 0]
+
+
+def test_disturbed_pictures_stay_what_they_are():
+    x, g = toy().x, torch.Generator().manual_seed(0)
+    many = torch.stack([disturbed(x, torch.tensor(6 * [False]), g) for _ in range(60)])
+    shift_of = [[(m - x[0].roll((i, j), (1, 2)))[:, 3:-3, 3:-3].abs().mean().item() for i in range(-3, 4) for j in range(-3, 4)] for m in many[:, 0]]  # fmt: skip
+    moves = {min(range(49), key=row.__getitem__) for row in shift_of}
+    assert len(moves) > 30 and max(min(row) for row in shift_of) < 0.25
+    mirrored = disturbed(x[:1].expand(40, -1, -1, -1), torch.tensor(40 * [True]), g)
+    alike = [(m - x[0].flip(2)).square().mean() < (m - x[0]).square().mean() for m in mirrored]
+    assert 5 < sum(alike) < 35
+
+
+def small_model(words=WORDS) -> Model:
+    r = CaptionRecipe(width=4, mults=(1,), attention=(0,), hidden=8, words=words)
+    denoiser = caption_denoiser(r, (3, 8, 8)).eval().requires_grad_(False)
+    torch.manual_seed(1)
+    for p in denoiser.parameters():
+        p.copy_(0.3 * torch.randn_like(p))
+    return Model(denoiser, About("captions", r, (3, 8, 8)))
+
+
+def test_a_model_of_captions_is_saved_with_its_words(tmp_path):
+    model = small_model()
+    model.save(tmp_path)
+    loaded = Model.load(tmp_path)
+    assert loaded.about == model.about and loaded.denoiser.net.label.words == WORDS
+    x, t, y = torch.ones(1, 3, 8, 8), torch.tensor(0.5), loaded.denoiser.net.label.told(["dark apple"])
+    assert loaded.denoiser(x, t, y=y).x0.equal(model.denoiser(x, t, y=y).x0)
+
+
+def test_prompts_are_drawn_in_turn(tmp_path, monkeypatch, capsys):
+    model = small_model()
+    monkeypatch.setattr(cli_sample, "load_model", lambda name: model)
+    words = "--n 3 --steps 2 --sampler dpmpp_2m --guidance 1 --film --device cpu".split()
+    assert main(["sample", *words, "--prompt", "red apple; dark apple ;", "--out", str(tmp_path / "a")]) == 0
+    x = load_file(tmp_path / "a/samples.safetensors")["pictures"]
+    y = model.denoiser.net.label.told(["red apple", "dark apple", "red apple"])
+    guided = Clip(CFG(model.denoiser, 1.0, torch.zeros(3)))
+    sampler, times = SAMPLERS["dpmpp_2m"]
+    ts = times(model.denoiser.schedule, 2)
+    want = draw(guided, sampler, ts, torch.arange(3), (3, 8, 8), {"y": y})
+    assert (x - want).abs().max() < 1e-4 and (tmp_path / "a/film.gif").exists()
+    swapped = draw(guided, sampler, ts, torch.arange(3), (3, 8, 8), {"y": y.flip(1)})
+    assert (x - swapped).abs().max() > 1e-2
+    capsys.readouterr()
+    for prompt, said in ((["--prompt", "rad apple"], "did you mean 'red'"), (["--prompt", " ;"], "expected a caption"),
+                         (["--label", "3"], "draws from captions")):  # fmt: skip
+        assert main(["sample", *words, *prompt, "--out", str(tmp_path / "b")]) != 0
+        assert said in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["sample", "--model", "digits", "--n", "1", "--prompt", "red apple", "--out", str(tmp_path / "b")]) != 0  # fmt: skip
+    assert "draws from no captions" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from diffusion_nb.experiments.pictures import (
 )
 from diffusion_nb.nets.unet import parameters
 from diffusion_nb.recipes.diffusion import Recipe, recipe
+from diffusion_nb.util.images import show
 
 
 def test_pictures_are_shifted_within_their_mirrored_border():
@@ -80,3 +81,16 @@ def test_what_a_gpu_trained_is_left_alone_where_there_is_none(monkeypatch, capsy
         "cifar10_small: left as it is, for it was trained on an NVIDIA H200, and here is no GPU"
         in capsys.readouterr().out
     )
+
+
+def test_a_grid_with_names():
+    x = torch.arange(6.0)[:, None, None, None].expand(6, 1, 4, 8) / 5
+    ax = show(x, columns=3, row_labels=["a", "b"], column_labels=["p", "q", "r"], title="six")
+    assert ax.images[0].get_array().shape == (9, 26)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"] and list(ax.get_yticks()) == [1.5, 6.5]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["p", "q", "r"] and list(ax.get_xticks()) == [
+        3.5,
+        12.5,
+        21.5,
+    ]
+    assert list(show(x).get_xticks()) == []

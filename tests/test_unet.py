@@ -96,3 +96,27 @@ def test_the_network_hears_the_time_in_the_precision_of_its_pictures(dtype):
 def test_steps_are_counted_from_0_as_the_published_networks_were_told_them():
     t = torch.tensor([1, 500, 1000], dtype=torch.float64) / 1000
     assert step_index()(t).tolist() == [0, 499, 999] and step_index(50)(torch.tensor(0.5)) == 24
+
+
+class Doubled(nn.Module):
+    "A condition of one number a picture, told to every channel of the embedding."
+
+    def forward(self, y):
+        return y.expand(len(y), 16)
+
+    def check_y(self, y):
+        if y.shape[1:] != (1,):
+            raise ValueError("y: expected one number a picture")
+
+
+def test_a_module_that_reads_the_condition_is_added_behind_the_layers_that_read_the_time():
+    torch.manual_seed(0)
+    plain, told = UNet(1, 4, (1,), 1, (0,)), UNet(1, 4, (1,), 1, (0,), condition=Doubled())
+    told.load_state_dict(plain.state_dict())
+    x, t, y = torch.ones(2, 1, 4, 4), torch.tensor([3.0, 7.0]), torch.tensor([[0.5], [-1.0]])
+    emb = plain.encode(x, t)[2], told.encode(x, t, y)[2]
+    want = F.silu(plain.embed(time_embedding(t, 4)) + y)
+    assert emb[1].allclose(want) and not emb[0].allclose(want)
+    for net, wrong in ((told, None), (told, torch.ones(2, 2)), (plain, y)):
+        with pytest.raises(ValueError, match="y: "):
+            net(x, t, wrong)

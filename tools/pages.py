@@ -19,6 +19,7 @@ import parity
 from docutils.nodes import make_id
 
 from diffusion_nb.book.ledger import Ledger, cells_of, cites, errata_in, ledger
+from diffusion_nb.book.pictures import alt_texts
 
 import nbformat
 from readme import readable
@@ -67,6 +68,8 @@ def notebook(root: Path, stem: str) -> nbformat.NotebookNode:
             cell.metadata.tags = cell.metadata.get("tags", []) + ["export"] * cell.source.startswith("#| export")
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
             cell.outputs = [output for output in cell.outputs if readable(output)]
+    for cell, text in alt_texts(nb.cells):
+        cell.metadata["mystnb"] = {"image": {"alt": text}}
     heading, _, rest = nb.cells[0].source.partition("\n")
     nb.cells[0].source = f"{heading}\n\n{run_it(root, stem)}\n{rest}"
     return nb

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from diffusion_nb.cli.models import device_name, label_of, load_model
+from diffusion_nb.cli.models import condition_of, device_name, load_model, null_of
 
 
 @dataclass
 class Sample:
     model: str = "digits"
-    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist or cifar10."
+    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist, fashion-mnist, cifar10 or emoji."
     n: Annotated[int, arg(aliases=["--pictures"])] = 64
     "How many pictures (torchrun takes --n for its own: say --pictures)."
     steps: int | None = None
@@ -22,7 +22,9 @@ class Sample:
     seed: int = 0
     "Picture i has seed SEED + i."
     label: str | None = None
-    "Draw this class only, not all in turn: its number or, for cifar10, its name, such as ship."
+    "Draw this class only, not all in turn: its number or, for cifar10 and fashion-mnist, its name, such as ship."
+    prompt: str | None = None
+    "For emoji: draw this caption, such as 'red apple'; of several, with semicolons between them, each in turn."
     guidance: float = 0.0
     "Classifier-free guidance, the weight w in (w+1) with - w without label."
     batch: int = 0
@@ -56,19 +58,18 @@ def sample(args: Sample) -> int:
     file = out / {"png": "pictures"}.get(args.format, f"samples.{args.format}")
     with process_group(cpu=args.device == "cpu") as team:
         device, model = torch.device(args.device) if args.device else team.device, load_model(args.model)
-        classes, start = model.about.recipe.classes, time.perf_counter()
-        check_sample(args, classes)
+        start = time.perf_counter()
+        check_sample(args, model)
         (sampler, ts), denoiser = walk_of(args, model), ready(args, model, device)
-        label = label_of(args.label, model.about)
-        y = torch.arange(args.n) % (classes or 1) if label is None else torch.full((args.n,), label)
-        generate(file, denoiser, sampler, ts, args.n, model.about.shape, cond={"y": y} if classes else None,
+        cond = condition_of(model, args.n, args.label, args.prompt)
+        generate(file, denoiser, sampler, ts, args.n, model.about.shape, cond=cond or None,
                  first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
         if team.rank == 0:
             write_grid(file, out / "grid.png")
             if args.film:
                 first = torch.arange(min(args.n, 16))
-                cond = {"y": y[first]} if classes else {}
-                write_film(denoiser, sampler, ts, first + args.seed, model.about.shape, cond, out / "film.gif")
+                of_first = {name: v[first] for name, v in cond.items()}
+                write_film(denoiser, sampler, ts, first + args.seed, model.about.shape, of_first, out / "film.gif")
             here = dict(
                 seconds=round(time.perf_counter() - start, 1), device=device_name(device), processes=team.world
             )
@@ -89,9 +90,9 @@ def write_how(args: Sample, model, steps: int, here: dict, file: Path) -> None:
     write_json(file, asdict(args) | here | how | dict(recipe=asdict(model.about.recipe)))
 
 
-def check_sample(args: Sample, classes: int) -> None:
+def check_sample(args: Sample, model) -> None:
     "Raise ValueError for what this model cannot be asked."
-    if args.guidance and not classes:
+    if args.guidance and null_of(model) is None:
         raise ValueError("--guidance: this model knows no labels to be guided to")
     if args.n < 1 or args.batch < 0 or (args.steps is not None and args.steps < 1):
         raise ValueError(
@@ -139,7 +140,7 @@ def ready(args: Sample, model, device):
         if args.guidance or args.bf16:
             raise ValueError("--guidance, --bf16: not for a consistency model")
         return denoiser
-    guided = CFG(denoiser, args.guidance, model.about.recipe.classes) if args.guidance else denoiser
+    guided = CFG(denoiser, args.guidance, null_of(model)) if args.guidance else denoiser
     return CompiledDenoiser(Clip(guided), bf16=args.bf16)
 
 
@@ -190,7 +191,7 @@ def write_film(denoiser, sampler, ts, seeds, shape, cond: dict, path: Path) -> N
 @dataclass
 class BitsOptions:
     model: str = "digits"
-    "A folder written by train, or a model that comes with the book: digits, mnist or cifar10."
+    "A folder written by train, or a model that comes with the book: digits, mnist, fashion-mnist or cifar10."
     n: int = 256
     "How many held-out pictures."
     steps: int = 1000
@@ -228,6 +229,8 @@ def bits(args: BitsOptions) -> int:
     loaded, start = load_model(args.model), time.perf_counter()
     if loaded.about.family == "consistency":
         raise ValueError("--model: a consistency model is no denoiser of a chain, and has no bound on its bits")
+    if loaded.about.family == "captions":
+        raise ValueError("--model: bits are of the labelled data sets; a model of captions has none here")
     model, r = Clip(loaded.denoiser).to(device), loaded.about.recipe
     data = data_set(r.data)
     pictures = data.load()

@@ -29,6 +29,7 @@ def artifact_makers() -> dict:
     from diffusion_nb.experiments.judge import JudgeRecipe, train_judge
     from diffusion_nb.experiments.pictures import (
         PictureJudgeRecipe,
+        train_fashion,
         train_mnist,
         train_picture_judge,
         train_pictures,
@@ -59,5 +60,7 @@ def artifact_makers() -> dict:
         "cifar10_judge": (train_picture_judge, of("judge.cifar10", PictureJudgeRecipe)),
         "cifar10_small": (train_pictures, recipe("cifar10-small")),
         "mnist_small": (train_mnist, recipe("mnist-small")),
+        "fashion_judge": (train_judge, of("judge.fashion-mnist", JudgeRecipe)),
+        "fashion_small": (train_fashion, recipe("fashion-small")),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
     }

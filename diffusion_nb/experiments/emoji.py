@@ -1,7 +1,8 @@
 """The model of emoji: pictures drawn from captions, and the judge of its drawings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,69 +10,50 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffusion_nb.denoisers import NetDenoiser
-from diffusion_nb.emoji import Emoji, bag_of_words, emoji, vocabulary
+from diffusion_nb.denoisers import Clip, NetDenoiser
+from diffusion_nb.emoji import Emoji, emoji, vocabulary
+from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.judge import JudgeRecipe
-from diffusion_nb.experiments.pictures import Residual, halved, shifted
-from diffusion_nb.recipes.diffusion import Recipe, chosen, recipe_trainer
+from diffusion_nb.experiments.pictures import Residual, halved, shifted, trained_on
+from diffusion_nb.grids import edm_grid
+from diffusion_nb.guidance import CFG
+from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.captions import CaptionRecipe, caption_denoiser, caption_trainer
+from diffusion_nb.recipes.settings import settings
+from diffusion_nb.samplers.linear import dpmpp_2m
 from diffusion_nb.training.trainer import Trainer
+from diffusion_nb.util.checks import default_device
+
+SOME_CAPTIONS = (
+    "red apple", "grinning face", "woman firefighter dark skin tone", "tiger face", "balloon", "mushroom", "robot", "tropical fish",
+    "pizza", "house with garden", "man astronaut medium skin tone", "octopus", "tulip", "snowman", "ghost", "rainbow",
+)  # fmt: skip
 
 
-class BagOfWords(nn.Module):
-    "Reads captions for a U-Net: how often each of its `words` is in one ↦ `width` numbers; a row of zeros means any caption."
-
-    def __init__(self, words: Sequence[str], width: int, hidden: int):
-        super().__init__()
-        self.words = tuple(words)
-        self.layers = nn.Sequential(nn.Linear(len(words), hidden), nn.SiLU(), nn.Linear(hidden, width))
-
-    def forward(self, y: Float[Tensor, "n V"]) -> Float[Tensor, "n e"]:
-        return self.layers(y)
-
-    def told(self, captions: Sequence[str]) -> Float[Tensor, "n V"]:
-        "The captions as this module reads them. Raises ValueError for words that it does not know, and offers the nearest."
-        return bag_of_words(captions, self.words)
-
-    def check_y(self, y: Tensor) -> None:
-        "Raise ValueError unless y counts these words."
-        if y.ndim != 2 or y.shape[1] != len(self.words) or not y.is_floating_point():
-            raise ValueError(f"y: expected the counts of {len(self.words)} words for each picture; got {y.dtype} {tuple(y.shape)}")  # fmt: skip
+def train_emoji(r: CaptionRecipe) -> tuple[dict, dict]:
+    "The weights of the model of emoji, in float16, with its vocabulary, and what the judge says."
+    data = emoji()
+    denoiser = emoji_trainer(r, data, device=default_device()).fit()
+    words = torch.tensor(list("\n".join(denoiser.net.label.words).encode()), dtype=torch.uint8)
+    return halved(denoiser.net) | {"words": words}, judged_model(denoiser, data) | trained_on()
 
 
-@dataclass(frozen=True)
-class EmojiRecipe(Recipe):
-    "The model of emoji, and its training; hidden: the width within the layers that read the words."
-
-    data: str = "emoji"
-    width: int = 32
-    mults: tuple[int, ...] = (1, 2, 4)
-    attention: tuple[int, ...] = (2,)
-    classes: int = 0
-    patch: int = 2
-    hidden: int = 256
-    steps: int = 13_000
-    lr: float = 0.002
-    warmup: int = 200
-    ema: float = 0.999
-
-
-def caption_denoiser(r: EmojiRecipe, words: Sequence[str]) -> NetDenoiser:
-    "The fresh network, which reads these words."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(r.seed)
-        reader = BagOfWords(words, 4 * r.width, r.hidden)
-    schedule, predict, _ = chosen(r)
-    return NetDenoiser(r.network(3, scale_shift=True, condition=reader), schedule(), predict)
-
-
-def emoji_trainer(r: EmojiRecipe, data: Emoji, **options) -> Trainer:
+def emoji_trainer(r: CaptionRecipe, data: Emoji, **options) -> Trainer:
     "The trainer of the model: the pictures of the training split, once as they are, and once mirrored where that has the same caption."
-    words = vocabulary(data.captions)
     kept = data.train.nonzero()[:, 0]
-    x, mirrors = data.x[kept], data.mirrors[kept, None, None, None]
-    y = bag_of_words([data.captions[i] for i in kept], words)
-    cond = dict(cond={"y": y.repeat(2, 1)}, null=torch.zeros(len(words)))
-    return recipe_trainer(r, torch.cat([x, torch.where(mirrors, x.flip(3), x)]), denoiser=caption_denoiser(r, words), **cond, **options)  # fmt: skip
+    x, mirrors, captions = data.x[kept], data.mirrors[kept, None, None, None], [data.captions[i] for i in kept]
+    both = torch.cat([x, torch.where(mirrors, x.flip(3), x)])
+    return caption_trainer(replace(r, words=vocabulary(data.captions)), both, 2 * captions, **options)
+
+
+def emoji_model() -> tuple[NetDenoiser, CaptionRecipe]:
+    "The trained model of emoji, which draws from captions (artifact `emoji`, [emoji]), in eval mode, and its recipe with its words."
+    r = settings("emoji", CaptionRecipe)
+    weights = dict(artifact("emoji", train_emoji, r)[0])
+    r = replace(r, words=tuple(bytes(weights.pop("words").tolist()).decode().split("\n")))
+    denoiser = caption_denoiser(r, (3, 32, 32))
+    denoiser.net.load_state_dict(weights)
+    return denoiser.eval().requires_grad_(False), r
 
 
 # the judge
@@ -133,7 +115,7 @@ class EmojiJudgeRecipe(JudgeRecipe):
 
     data: str = "emoji"
     width: int = 48
-    steps: int = 4000
+    steps: int = 3000
     batch: int = 64
 
 
@@ -155,7 +137,9 @@ def train_emoji_judge(r: EmojiJudgeRecipe) -> tuple[dict, dict]:
         loss.backward()
         optimizer.step()
         schedule.step()
-    return halved(judge), judged_emoji(judge.eval(), data)
+    weights = halved(judge)
+    judge.load_state_dict(weights)
+    return weights, judged_emoji(judge.eval(), data)
 
 
 @torch.no_grad()
@@ -165,7 +149,87 @@ def judged_emoji(judge: EmojiJudge, data: Emoji) -> dict[str, float]:
     for name, held in (("combinations", data.held_combinations), ("pictures", data.held_pictures)):
         logits = judge(data.x[held])
         for q in judge.answers:
-            asked = right[q][held] >= 0
-            share = (logits[q].argmax(1) == right[q][held])[asked].double().mean().item()
-            found[f"{q} of {int(asked.sum())} held-out {name}"] = round(share, 4)
+            asked = int((right[q][held] >= 0).sum())
+            found[f"{q} of {asked} held-out {name}"] = round(share_right(logits[q], right[q][held]), 4)
+    return found
+
+
+def emoji_judge() -> EmojiJudge:
+    "The judge of emoji (artifact `emoji_judge`, [judge.emoji]), in eval mode; it needs the packages that hold the emoji."
+    r = settings("judge.emoji", EmojiJudgeRecipe)
+    judge = EmojiJudge(known_answers(emoji()), r.width)
+    judge.load_state_dict(artifact("emoji_judge", train_emoji_judge, r)[0])
+    return judge.eval().requires_grad_(False)
+
+
+# the drawings
+
+
+@torch.no_grad()
+def draw_captions(
+    denoiser: NetDenoiser,
+    captions: Sequence[str],
+    w: float = 1.0,
+    steps: int = 20,
+    first: int = 0,
+    batch: int = 100,
+) -> Float[Tensor, "n 3 32 32"]:
+    "A picture of each caption, by DPM-Solver++ 2M with guidance weight w; the i-th has seed `first` + i. Raises ValueError for unknown words."
+    y, guided = denoiser.net.label.told(captions), Clip(CFG(denoiser, w, denoiser.net.label.null))
+    ts, seeds = edm_grid(denoiser.schedule, steps, 0.02, 80.0), torch.arange(first, first + len(y))
+    start = denoiser.schedule(ts[0])[1].float()
+    parts = zip(seeds.split(batch), y.split(batch), strict=True)
+    return torch.cat([dpmpp_2m(guided, start * Noise(s, (3, 32, 32))(0), ts, y=part) for s, part in parts])
+
+
+class Neighbours(NamedTuple):
+    "For each picture: the emoji in order of likeness, by cosine of the judge's features, (n, all)."
+
+    order: Int[Tensor, "n m"]
+
+    def first(self, want: list[set[int]], k: int = 1) -> float:
+        "The share of pictures that have one of those wanted among the k nearest."
+        return sum(bool(w & set(row[:k].tolist())) for row, w in zip(self.order, want, strict=True)) / len(want)
+
+
+def neighbours(judge: EmojiJudge, x: Float[Tensor, "n 3 32 32"], data: Emoji) -> Neighbours:
+    "The emoji that the judge finds most like each of these pictures."
+    seen = lambda pictures: F.normalize(torch.cat([judge.features(part) for part in pictures.split(500)]), dim=1)
+    return Neighbours((seen(x) @ seen(data.x).T).argsort(1, descending=True))
+
+
+def twins(data: Emoji, which: Sequence[int]) -> list[set[int]]:
+    "For each of these emoji, all that are drawn alike, itself among them."
+    return [set((data.x == data.x[i]).flatten(1).all(1).nonzero()[:, 0].tolist()) for i in which]
+
+
+@torch.no_grad()
+def judge_captions(judge: EmojiJudge, data: Emoji, x: Float[Tensor, "n 3 32 32"], which: Sequence[int]) -> dict[str, float]:  # fmt: skip
+    """What the judge says of drawings x that are meant to be these emoji: right answers, and how often the true picture is the nearest.
+
+    A picture that is drawn exactly like the true one counts as the true one.
+    """
+    logits, right = judge(x), answered(data, judge.answers)
+    found = {f"right {q}": share_right(logits[q], right[q][which]) for q in ("role", "gender", "tone")}
+    near, want = neighbours(judge, x, data), twins(data, which)
+    return found | {"true picture nearest": near.first(want), "among the nearest five": near.first(want, 5)}
+
+
+def share_right(logits: Float[Tensor, "n k"], right: Int[Tensor, " n"]) -> float:
+    "The share of right answers to what can be asked."
+    return (logits.argmax(1) == right)[right >= 0].double().mean().item()
+
+
+def judged_model(denoiser: NetDenoiser, data: Emoji, w: float = 2.0) -> dict[str, float]:
+    "What the judge says of drawings of all held-out combinations and pictures, and of as many captions that were trained on."
+    judge, found = emoji_judge(), {}
+    trained = data.train.nonzero()[:, 0].tolist()
+    for name, which in (
+        ("held-out combinations", data.held_combinations.nonzero()[:, 0].tolist()),
+        ("held-out pictures", data.held_pictures.nonzero()[:, 0].tolist()),
+        ("trained on", trained[:: len(trained) // 200]),
+    ):
+        x = draw_captions(denoiser, [data.captions[i] for i in which], w, first=2**20)
+        said = judge_captions(judge, data, x, which)
+        found |= {f"{name}: {what}, w = {w:g}": round(value, 4) for what, value in said.items()}
     return found

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from diffusion_nb.data import Pictures, data_set
 from diffusion_nb.denoisers import Clip, NetDenoiser
 from diffusion_nb.experiments.artifacts import artifact
-from diffusion_nb.experiments.judge import JudgeRecipe, accuracy_of, mnist_judge
+from diffusion_nb.experiments.judge import JudgeRecipe, accuracy_of, fashion_judge, mnist_judge
 from diffusion_nb.grids import edm_grid
 from diffusion_nb.guidance import CFG
 from diffusion_nb.metrics.features import frechet_distance
@@ -24,6 +24,18 @@ from diffusion_nb.training.batches import flip_half
 from diffusion_nb.util.checks import default_device
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FASHION_CLASSES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 
 
 class Residual(nn.Module):
@@ -181,6 +193,11 @@ def train_mnist(r: Recipe) -> tuple[dict, dict]:
     return train_judged(r, mnist_judge(), 0.5)
 
 
+def train_fashion(r: Recipe) -> tuple[dict, dict]:
+    "The model of Fashion-MNIST, with what its judge says."
+    return train_judged(r, fashion_judge(), 0.5)
+
+
 def kept_denoiser(name: str, make: Callable, r: Recipe, shape: Sequence[int]) -> NetDenoiser:
     "The model that the artifact `name` keeps, in eval mode, without gradients."
     denoiser = recipe_denoiser(r, shape)
@@ -196,3 +213,8 @@ def cifar10_denoiser() -> NetDenoiser:
 def mnist_denoiser() -> NetDenoiser:
     "The trained model of MNIST, y = 0…9 or 10 for any (artifact `mnist_small`, [recipe.mnist-small])."
     return kept_denoiser("mnist_small", train_mnist, recipe("mnist-small"), (1, 28, 28))
+
+
+def fashion_denoiser() -> NetDenoiser:
+    "The trained model of Fashion-MNIST, y = 0…9 or 10 for any (artifact `fashion_small`, [recipe.fashion-small])."
+    return kept_denoiser("fashion_small", train_fashion, recipe("fashion-small"), (1, 28, 28))

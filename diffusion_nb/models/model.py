@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_nb.denoisers import DenoiserConsistency
+from diffusion_nb.recipes.captions import CaptionRecipe, caption_denoiser
 from diffusion_nb.recipes.diffusion import NetRecipe, Recipe, recipe_denoiser
 from diffusion_nb.recipes.settings import typed
 from diffusion_nb.recipes.vdm import VDMRecipe, vdm_denoiser
@@ -18,6 +19,7 @@ from diffusion_nb.util.storage import check_fits, own_tensors, read_weights, sav
 FAMILIES = {  # the kind of recipe, and what builds its network
     "diffusion": (Recipe, recipe_denoiser),
     "vdm": (VDMRecipe, vdm_denoiser),
+    "captions": (CaptionRecipe, caption_denoiser),
     "student": (Recipe, recipe_denoiser),  # of progressive distillation
     "consistency": (Recipe, lambda r, shape: DenoiserConsistency(recipe_denoiser(r, shape))),
 }

@@ -25,16 +25,26 @@ def picture_grid(x: Float[Tensor, "n c h w"], columns: int = 0, gap: int = 1) ->
     return grid
 
 
-def show(x: Float[Tensor, "n c h w"], columns: int = 0, title: str = "", ax=None, scale: float = 0.5):
-    "Draw pictures in a grid on `ax` (or on a new figure, `scale` inches a picture); returns the axes."
+def show(x: Float[Tensor, "n c h w"], columns: int = 0, title: str = "", ax=None, scale: float = 0.5,
+         row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()):  # fmt: skip
+    """The axes with pictures in a grid: `ax`, or those of a new figure, `scale` inches a picture.
+
+    row_labels, column_labels: what stands left of each row, and above each column.
+    """
     import matplotlib.pyplot as plt
 
     grid = picture_grid(x, columns)
     if ax is None:
         h, w = grid.shape[0] / x.shape[2], grid.shape[1] / x.shape[3]
-        _, ax = plt.subplots(figsize=(w * scale, h * scale + 0.3 * bool(title)), layout="constrained")
-    ax.imshow(grid.squeeze(-1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    ax.set(xticks=[], yticks=[])
+        above, left = 0.3 * bool(title) + 0.25 * bool(column_labels), 0.09 * max(map(len, row_labels), default=0)
+        _, ax = plt.subplots(figsize=(w * scale + left, h * scale + above), layout="constrained")
+    ax.imshow(grid.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    for ticks, labels, size in (
+        (ax.set_yticks, row_labels, x.shape[2]),
+        (ax.set_xticks, column_labels, x.shape[3]),
+    ):
+        ticks([i * (size + 1) + (size - 1) / 2 for i in range(len(labels))], labels, fontsize=9)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
     ax.set_title(title, fontsize=10)
     return ax
 
