@@ -33,7 +33,8 @@ from diffusion_nb.models.model import About, Model
 from diffusion_nb.recipes.diffusion import Recipe, recipe
 from diffusion_nb.recipes.vdm import vdm_denoiser
 from diffusion_nb.schedules import CosineSchedule
-from diffusion_nb.training.folder import PictureFolder
+from diffusion_nb.training.folder import PictureFolder, PictureTable
+from diffusion_nb.training.report import memory_check
 from diffusion_nb.variances import fixed_large, fixed_small
 
 
@@ -439,6 +440,79 @@ def test_a_model_of_ones_own_pictures(folder, tmp_path, capsys, monkeypatch):
         == 0
     )
     assert Model.load(tmp_path / "npz").about.recipe.classes == 2  # the labels came along
+
+
+class Column:
+    "A feature of a Hugging Face data set, as far as it is looked at."
+
+    def __init__(self, names=()):
+        self.names = list(names)
+
+
+Image_, ClassLabel = (type(name, (Column,), {}) for name in ("Image", "ClassLabel"))
+
+
+class Table(list):
+    features = {"image": Image_(), "label": ClassLabel(["red", "green"])}
+
+
+def rows(folder) -> list[dict]:
+    return [
+        {"image": Image.open(p), "label": int("green" in p.parent.name)} for p in sorted(folder.rglob("*.png"))
+    ]
+
+
+def test_a_hugging_face_data_set_is_read_as_the_folder_is(folder):
+    found, files = PictureTable(Table(rows(folder)), 8), PictureFolder(folder, 8)
+    assert found.classes == ["red", "green"] and len(found) == len(files)
+    assert all(a[0].equal(b[0]) and a[1] == b[1] for a, b in zip(found, files, strict=True))
+    bare = Table([{"image": row["image"]} for row in rows(folder)])
+    bare.features = {"image": Image_()}
+    assert PictureTable(bare, 8)[5][1] == 0 and PictureTable(bare, 8).classes == [""]
+    bare.features = {"a": Image_(), "b": Image_()}
+    for wrong in (bare, Table()):
+        with pytest.raises(
+            ValueError, match="expected rows with one column of pictures and at most one of labels"
+        ):
+            PictureTable(wrong, 8)
+
+
+def test_training_on_a_hugging_face_data_set(folder, tmp_path, capsys, monkeypatch):
+    "The same weights as from the folder with the same pictures."
+    monkeypatch.setenv("DIFFUSION_NB_SET", "recipe.pictures.mults=1,2;recipe.pictures.attention=1;recipe.pictures.blocks=1")  # fmt: skip
+    table, words = Table(rows(folder)), [*TOY, "--steps", "2", "--workers", "0"]
+    fake = SimpleNamespace(load_dataset=lambda name, split: {("me/own", "train"): table}[name, split])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    for data, out in ((str(folder), "a"), ("hf:me/own", "b")):
+        assert main(["train", "--data", data, "--size", "8", *words, "--out", str(tmp_path / out)]) == 0
+    a, b = (Model.load(tmp_path / out).denoiser.state_dict() for out in ("a", "b"))
+    assert all(v.equal(b[k]) for k, v in a.items())
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for more, said in ((["--size", "8"], "pip install datasets"), ([], "--size: say to how many pixels")):
+        assert main(["train", "--data", "hf:me/own", *more, *words, "--out", str(tmp_path / "c")]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_the_report_tells_copies_from_drawings():
+    data = torch.randint(0, 256, (40, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    as_floats = data / 127.5 - 1
+    x = torch.cat([as_floats[[7, 30]] + 0.01, -as_floats[[3]]])
+    for source in (data, as_floats, torch.utils.data.TensorDataset(data, torch.zeros(40, dtype=torch.long))):
+        said, near = memory_check(x, source)
+        assert near.index[:2].tolist() == [7, 30] and near.picture[:2].allclose(as_floats[[7, 30]])
+        far = (as_floats[None, :] - x[:, None]).square().mean((2, 3, 4)).sqrt()
+        assert near.distance.allclose(far.amin(1), atol=1e-5)
+        theirs = (as_floats[None, :] - as_floats[[0, 13, 26], None]).square().mean((2, 3, 4)).sqrt()
+        theirs[[0, 1, 2], [0, 13, 26]] = 9
+        assert list(said.values()) == pytest.approx([0.01, theirs.amin(1).median().item(), 2 / 3], abs=1e-3)
+
+
+def test_a_training_with_its_report(tmp_path):
+    out, words = tmp_path / "run", ["--steps", "1", "--report", "--out", str(tmp_path / "run")]
+    assert main(["train", *TOY, *words]) == 0
+    told = json.loads((out / "run.json").read_text())["report"]
+    assert told["share of drawings nearer than half of that"] == 0 and told["distance to the nearest training picture"] > 0.3  # fmt: skip
+    assert Image.open(out / "report.png").size == (16 * 65 - 1, 4 * 65 - 1)
 
 
 def test_a_folder_named_like_a_data_set(folder, tmp_path, capsys, monkeypatch):

@@ -14,13 +14,13 @@ from diffusion_nb.cli.models import device_name
 @dataclass
 class Train:
     data: str = "digits"
-    "Data set, see `diffusion-nb data`; or a folder of pictures, its subfolders being the classes; or an .npz file (arr_0, labels)."
+    "Data set, see `diffusion-nb data`; or a folder of pictures, its subfolders being the classes; or an .npz file (arr_0, labels); or hf:NAME, a data set of the Hugging Face Hub."
     out: str | None = None
     "Folder to write, if not runs/DATA."
     recipe: str | None = None
     "Section [recipe.NAME] of settings.ini, if not that of the data set; [recipe.pictures] for one's own."
     size: int | None = None
-    "Pixels to which the pictures of a folder are cropped and resized."
+    "Pixels to which the pictures of a folder, or of hf:NAME, are cropped and resized."
     from_: Annotated[str | None, arg(name="from")] = None
     "A model to start from: a folder or a file of weights."
     steps: int | None = None
@@ -43,6 +43,8 @@ class Train:
     "How many checkpoints to keep."
     grids: int = 0
     "Steps between grids of pictures drawn with the averaged weights; 0: none."
+    report: bool = False
+    "At the end draw 32 pictures and find the training pictures nearest to them: report.png, and in run.json how near."
     tensorboard: bool = False
     "Log for TensorBoard, too; log.jsonl is written always."
     power_ema: bool = False
@@ -87,29 +89,27 @@ def watchers(args: Train, out: Path, denoiser, shape, classes: int, device) -> l
 
 
 def pictures_of(args: Train):
-    "The pictures that were asked for, a data set by name, a folder or an .npz file: (pictures or data set, labels, classes, shape, grey levels)."
+    "The pictures that were asked for, a data set by name, a folder, an .npz file or hf:NAME: (pictures or data set, labels, classes, shape, grey levels)."
     from diffusion_nb.data import DATA_SETS, data_set
-    from diffusion_nb.training.folder import PictureFolder, read_npz
+    from diffusion_nb.training.folder import PictureFolder, PictureTable, read_hub, read_npz
 
-    path = Path(args.data)
-    if args.size and not path.is_dir():
-        raise ValueError("--size: it is of a folder of pictures; data sets and .npz files have their own size")
+    path, hub = Path(args.data), args.data.removeprefix("hf:") if args.data.startswith("hf:") else None
     named = args.data in {d.name for d in DATA_SETS}
     if named and path.exists():
         raise ValueError(
             f"{args.data} is a data set, and also a file or folder here: say ./{args.data} for the latter"
         )
+    resized = path.is_dir() or hub is not None
+    if bool(args.size) != resized:
+        raise ValueError("--size: say to how many pixels the pictures of a folder, or of hf:NAME, are resized, such as --size 32" if resized else
+                         "--size: it is of a folder of pictures; data sets and .npz files have their own size")  # fmt: skip
+    if resized:
+        found = PictureTable(read_hub(hub), args.size) if hub is not None else PictureFolder(path, args.size)
+        return found, None, len(found.classes) if len(found.classes) > 1 else 0, (3, args.size, args.size), 256
     if named or not path.exists():
         data = data_set(args.data)  # which names them where this is none
         pictures = data.load()
         return pictures.x, pictures.y, None, data.shape, data.levels
-    if path.is_dir():
-        if not args.size:
-            raise ValueError(
-                "--size: say to how many pixels the pictures of a folder are resized, such as --size 32"
-            )
-        found = PictureFolder(path, args.size)
-        return found, None, len(found.classes) if len(found.classes) > 1 else 0, (3, args.size, args.size), 256
     x, y = read_npz(path)
     return x, y, 0 if y is None else int(y.max()) + 1, tuple(x.shape[1:]), 256
 
@@ -167,7 +167,28 @@ def check_start(trainer, about, out: Path) -> None:
             print(f"going on from step {trainer.step} of {out / 'checkpoint.safetensors'}")
 
 
-def write_down(args: Train, trainer, about, out: Path, steps_here: int, seconds: float) -> None:
+def write_report(model, trainer, about, out: Path, workers: int) -> dict:
+    "Draws with a trained model; writes report.png, the drawings above the training pictures nearest to them; returns how near they are."
+    import torch
+    from PIL import Image
+
+    from diffusion_nb.training.hooks import fixed_draws
+    from diffusion_nb.training.report import memory_check
+    from diffusion_nb.util.images import picture_grid
+    from diffusion_nb.util.storage import write_atomically
+
+    x = fixed_draws(about.shape, 32, about.recipe.classes)(model).float().clamp(-1, 1).cpu()
+    source = trainer.batches.source
+    said, nearest = memory_check(x, getattr(source, "data", source.x0), workers)
+    rows = [part for pair in zip(x.split(16), nearest.picture.split(16), strict=True) for part in pair]
+    scale = max(1, 64 // about.shape[1])
+    grid = picture_grid(torch.cat(rows).repeat_interleave(scale, 2).repeat_interleave(scale, 3), 16)
+    write_atomically(out / "report.png", lambda p: Image.fromarray(grid.squeeze(-1).numpy()).save(p, "PNG"))
+    print(f"wrote {out}/report.png, drawings above the training pictures nearest to them: " + ", ".join(f"{k} {v:g}" for k, v in said.items()))  # fmt: skip
+    return said
+
+
+def write_down(args: Train, trainer, about, out: Path, steps_here: int, seconds: float, said: dict) -> None:
     "The record of a training beside its weights, and what to do next."
     import torch
 
@@ -176,7 +197,7 @@ def write_down(args: Train, trainer, about, out: Path, steps_here: int, seconds:
     write_json(out / "run.json", dict(
         vdm=args.vdm, recipe=asdict(about.recipe), shape=about.shape, levels=about.levels, steps_here=steps_here, seconds_here=round(seconds, 1),
         device=device_name(trainer.device), processes=trainer.world, torch=torch.__version__, bf16=args.bf16, compile=args.compile,
-        skipped=int(trainer.state.skipped), losses=trainer.losses))  # fmt: skip
+        skipped=int(trainer.state.skipped), report=said, losses=trainer.losses))  # fmt: skip
     if trainer.step < trainer.steps:
         print(f"step {trainer.step} of {trainer.steps}; the same command goes on from there")
     if trainer.state.skipped:
@@ -200,7 +221,8 @@ def train(args: Train) -> int:
         model = trainer.fit(args.minutes)
         if team.rank == 0:
             Model(model, about).save(out)
-            write_down(args, trainer, about, out, trainer.step - resumed, time.perf_counter() - start)
+            said = write_report(model, trainer, about, out, args.workers) if args.report else {}
+            write_down(args, trainer, about, out, trainer.step - resumed, time.perf_counter() - start, said)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Pictures in files of one's own: a folder, or an .npz file."""
+"""Pictures of one's own: a folder, an .npz file, or a Hugging Face data set."""
 
 from pathlib import Path
 
@@ -36,14 +36,55 @@ class PictureFolder(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[UInt8[Tensor, "c s s"], int]:
-        from PIL import Image, ImageOps
+        from PIL import Image
 
         try:
             with Image.open(self.files[i]) as picture:
-                square = ImageOps.fit(picture.convert(self.mode), (self.size, self.size), Image.Resampling.LANCZOS)
+                return middle_square(picture.convert(self.mode), self.size), self.labels[i]
         except OSError as e:
             raise ValueError(f"{self.files[i]} is no picture that can be read: {e}") from e
-        return torch.from_numpy(np.atleast_3d(np.asarray(square)).transpose(2, 0, 1).copy()), self.labels[i]
+
+
+def middle_square(picture, size: int) -> UInt8[Tensor, "c {size} {size}"]:
+    "The middle square of a Pillow picture, resized."
+    from PIL import Image, ImageOps
+
+    square = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.atleast_3d(np.asarray(square)).transpose(2, 0, 1).copy())
+
+
+class PictureTable(Dataset):
+    """The rows of a Hugging Face data set: item i is (picture (3, size, size), bytes; label).
+
+    table: with one column of pictures and at most one of labels, `classes` by name. Raises ValueError where there are others, or no rows.
+    """
+
+    def __init__(self, table, size: int):
+        kinds = {name: type(feature).__name__ for name, feature in table.features.items()}
+        pictures, labels = ([n for n, kind in kinds.items() if kind == k] for k in ("Image", "ClassLabel"))
+        if len(pictures) != 1 or len(labels) > 1 or not len(table):
+            raise ValueError(f"expected rows with one column of pictures and at most one of labels; got {len(table)} with {kinds}")  # fmt: skip
+        self.table, self.size, self.picture, self.label = table, size, *pictures, labels[0] if labels else None
+        self.classes = table.features[self.label].names if labels else [""]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: int) -> tuple[UInt8[Tensor, "3 s s"], int]:
+        row = self.table[i]
+        return middle_square(row[self.picture].convert("RGB"), self.size), row[self.label] if self.label else 0
+
+
+def read_hub(name: str, split: str = "train"):
+    "A split of a data set of the Hugging Face Hub, or of a folder as `datasets` writes it. Raises ImportError where that package is missing, ValueError where there is no such set."
+    try:
+        import datasets
+    except ImportError as e:
+        raise ImportError("data sets of the Hugging Face Hub need one more package: pip install datasets") from e
+    try:
+        return datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise ValueError(f"hf:{name} could not be read: {e}") from e
 
 
 def read_npz(path: Path | str) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, " n"] | None]:
