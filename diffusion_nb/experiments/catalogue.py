@@ -19,6 +19,7 @@ def artifact_makers() -> dict:
         draw_with_few_calls,
         draw_with_variances,
     )
+    from diffusion_nb.experiments.emoji import EmojiJudgeRecipe, train_emoji, train_emoji_judge
     from diffusion_nb.experiments.guidance import (
         GuidanceRecipe,
         NoisyClassifierRecipe,
@@ -36,6 +37,7 @@ def artifact_makers() -> dict:
     )
     from diffusion_nb.experiments.variance import BoundsRecipe, run_improved
     from diffusion_nb.experiments.vdm import TargetsRecipe, run_targets, run_vdm, vdm_digits_recipe
+    from diffusion_nb.recipes.captions import CaptionRecipe
     from diffusion_nb.recipes.diffusion import recipe
     from diffusion_nb.recipes.settings import settings as of
 
@@ -62,5 +64,7 @@ def artifact_makers() -> dict:
         "mnist_small": (train_mnist, recipe("mnist-small")),
         "fashion_judge": (train_judge, of("judge.fashion-mnist", JudgeRecipe)),
         "fashion_small": (train_fashion, recipe("fashion-small")),
+        "emoji_judge": (train_emoji_judge, of("judge.emoji", EmojiJudgeRecipe)),
+        "emoji": (train_emoji, of("emoji", CaptionRecipe)),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
     }

@@ -31,11 +31,17 @@ SOME_CAPTIONS = (
 
 
 def train_emoji(r: CaptionRecipe) -> tuple[dict, dict]:
-    "The weights of the model of emoji, in float16, with its vocabulary, and what the judge says."
-    data = emoji()
-    denoiser = emoji_trainer(r, data, device=default_device()).fit()
+    "The weights of the model of emoji, in float16, with its vocabulary, and what the judge says, in the course of the training and at its end."
+    data, judge, course = emoji(), emoji_judge(), {}
+
+    def look(trainer):
+        if trainer.step in [r.steps // k for k in (24, 12, 6, 3)]:
+            course[f"after {trainer.step} steps"] = judged_model(trainer.average, judge, data)
+
+    denoiser = emoji_trainer(r, data, device=default_device(), hooks=[look]).fit().cpu()
     words = torch.tensor(list("\n".join(denoiser.net.label.words).encode()), dtype=torch.uint8)
-    return halved(denoiser.net) | {"words": words}, judged_model(denoiser, data) | trained_on()
+    ends = {f"w = {w:g}": judged_model(denoiser, judge, data, w) for w in (0.0, 1.0, 2.0, 4.0)}
+    return halved(denoiser.net) | {"words": words}, course | ends | trained_on()
 
 
 def emoji_trainer(r: CaptionRecipe, data: Emoji, **options) -> Trainer:
@@ -175,11 +181,14 @@ def draw_captions(
     batch: int = 100,
 ) -> Float[Tensor, "n 3 32 32"]:
     "A picture of each caption, by DPM-Solver++ 2M with guidance weight w; the i-th has seed `first` + i. Raises ValueError for unknown words."
-    y, guided = denoiser.net.label.told(captions), Clip(CFG(denoiser, w, denoiser.net.label.null))
+    device = next(denoiser.parameters()).device
+    y, guided = denoiser.net.label.told(captions).to(device), Clip(CFG(denoiser, w, denoiser.net.label.null.to(device)))  # fmt: skip
     ts, seeds = edm_grid(denoiser.schedule, steps, 0.02, 80.0), torch.arange(first, first + len(y))
     start = denoiser.schedule(ts[0])[1].float()
     parts = zip(seeds.split(batch), y.split(batch), strict=True)
-    return torch.cat([dpmpp_2m(guided, start * Noise(s, (3, 32, 32))(0), ts, y=part) for s, part in parts])
+    return torch.cat(
+        [dpmpp_2m(guided, start * Noise(s, (3, 32, 32), device)(0), ts, y=part).cpu() for s, part in parts]
+    )
 
 
 class Neighbours(NamedTuple):
@@ -220,16 +229,15 @@ def share_right(logits: Float[Tensor, "n k"], right: Int[Tensor, " n"]) -> float
     return (logits.argmax(1) == right)[right >= 0].double().mean().item()
 
 
-def judged_model(denoiser: NetDenoiser, data: Emoji, w: float = 2.0) -> dict[str, float]:
-    "What the judge says of drawings of all held-out combinations and pictures, and of as many captions that were trained on."
-    judge, found = emoji_judge(), {}
-    trained = data.train.nonzero()[:, 0].tolist()
+def judged_model(denoiser: NetDenoiser, judge: EmojiJudge, data: Emoji, w: float = 2.0) -> dict[str, dict[str, float]]:  # fmt: skip
+    "What the judge says of drawings of all held-out combinations and pictures, and of 200 captions that were trained on."
+    trained, found = data.train.nonzero()[:, 0].tolist(), {}
     for name, which in (
         ("held-out combinations", data.held_combinations.nonzero()[:, 0].tolist()),
         ("held-out pictures", data.held_pictures.nonzero()[:, 0].tolist()),
-        ("trained on", trained[:: len(trained) // 200]),
+        ("trained on", trained[:: len(trained) // 200][:200]),
     ):
         x = draw_captions(denoiser, [data.captions[i] for i in which], w, first=2**20)
         said = judge_captions(judge, data, x, which)
-        found |= {f"{name}: {what}, w = {w:g}": round(value, 4) for what, value in said.items()}
+        found[name] = {what: round(value, 4) for what, value in said.items()}
     return found
