@@ -35,6 +35,7 @@ FACE = {
     "likelihood.lossless": "LosslessCodec lossless_encode lossless_decode",
     "nets.unet": "UNet",
     "nets.song": "SongUNet",
+    "nets.words": "BagOfWords",
     "metrics.features": "frechet_distance nearest_distance precision_recall density_coverage",
     "training.trainer": "Trainer",
     "training.batches": "flip_half",
@@ -42,10 +43,12 @@ FACE = {
     "training.ema": "PowerEMA",
     "generation.generate": "generate",
     "generation.fast": "CompiledDenoiser",
-    "training.folder": "PictureFolder",
+    "training.folder": "PictureFolder PictureTable",
     "models.model": "Model",
     "util.images": "show animate",
     "experiments.digits": "digit_denoiser",
+    "experiments.pictures": "mnist_denoiser fashion_denoiser cifar10_denoiser draw_pictures",
+    "experiments.emoji": "emoji_denoiser draw_captions",
 }
 HOME = {name: module for module, names in FACE.items() for name in names.split()}
 __all__ = ["__version__", *HOME]

@@ -35,6 +35,7 @@ def artifact_makers() -> dict:
         train_picture_judge,
         train_pictures,
     )
+    from diffusion_nb.experiments.reference import ReferenceRecipe, make_references
     from diffusion_nb.experiments.variance import BoundsRecipe, run_improved
     from diffusion_nb.experiments.vdm import TargetsRecipe, run_targets, run_vdm, vdm_digits_recipe
     from diffusion_nb.recipes.captions import CaptionRecipe
@@ -64,6 +65,7 @@ def artifact_makers() -> dict:
         "mnist_small": (train_mnist, recipe("mnist-small")),
         "fashion_judge": (train_judge, of("judge.fashion-mnist", JudgeRecipe)),
         "fashion_small": (train_fashion, recipe("fashion-small")),
+        "references": (make_references, of("references", ReferenceRecipe)),
         "emoji_judge": (train_emoji_judge, of("judge.emoji", EmojiJudgeRecipe)),
         "emoji": (train_emoji, of("emoji", CaptionRecipe)),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),

@@ -62,6 +62,11 @@ def emoji_model() -> tuple[NetDenoiser, CaptionRecipe]:
     return denoiser.eval().requires_grad_(False), r
 
 
+def emoji_denoiser() -> NetDenoiser:
+    "The trained model of emoji, in eval mode: y counts words, `draw_captions` draws with it."
+    return emoji_model()[0]
+
+
 # the judge
 
 

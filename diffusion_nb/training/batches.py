@@ -130,10 +130,11 @@ class Batches:
         for mine, noise, (x, cond) in zip(self.parts, self.noises, rows, strict=True):
             turn = uniform[mine, 2].to(self.device, non_blocking=True)
             cond = {
-                name: self.picture(v, turn) if v.ndim == 4 else v.to(self.device, non_blocking=True)
+                name: self.picture(v, turn)[0] if v.ndim == 4 else v.to(self.device, non_blocking=True)
                 for name, v in self.without(cond, uniform[mine]).items()
             }
-            yield self.picture(x, turn), t[mine], noise(step), cond
+            x, told = self.picture(x, turn)
+            yield x, t[mine], noise(step), cond | told
 
     def without(self, cond: dict[str, Tensor], uniform: Tensor) -> dict[str, Tensor]:
         "The conditions, some replaced by what stands for none."
@@ -143,14 +144,14 @@ class Batches:
             cond[name] = torch.where(left_out.reshape(-1, *(1,) * (cond[name].ndim - 1)), null, cond[name])
         return cond
 
-    def picture(self, x: Tensor, turn: Tensor) -> Tensor:
-        "x on the device, from -1 to 1, augmented and laid out for the network."
+    def picture(self, x: Tensor, turn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        "x on the device, from -1 to 1, augmented and laid out for the network, and what the network is told of that."
         x = x.to(self.device, non_blocking=True)
         if x.dtype == torch.uint8:
             x = x / 127.5 - 1
-        if self.augment:
-            x = self.augment(x, turn)
-        return x.to(memory_format=self.layout) if x.ndim == 4 else x
+        made = self.augment(x, turn) if self.augment else x
+        x, told = made if isinstance(made, tuple) else (made, {})
+        return x.to(memory_format=self.layout) if x.ndim == 4 else x, told
 
     def identity(self) -> dict:
         "What makes these batches another run's."
