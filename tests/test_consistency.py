@@ -1,8 +1,10 @@
 """Consistency models: diffusers' scheduler step by step; the boundary; the losses on the exact teacher; levels; sampling; bad input."""
 
 import math
+import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from diffusion_nb.losses.consistency import (
     euler_step,
     heun_step,
     inverse_gap,
+    lpips,
     mae,
     mse,
     perceptual,
@@ -494,3 +497,35 @@ def test_levels_grow_as_in_the_paper():
         number(400) - 1,
         150,
     ]
+
+
+class Gap(nn.Module):
+    "How far apart the mean colours of two pictures are, one number each, as LPIPS gives them; remembers what it was shown."
+
+    def forward(self, a, b):
+        self.shown = a.shape
+        return (a.mean((2, 3)) - b.mean((2, 3))).square().sum(1)[:, None, None, None]
+
+
+def test_lpips_is_shown_large_pictures_in_colour():
+    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[0], y = 0.5, torch.zeros(3, 1, 8, 8)
+    net = Gap()
+    got = lpips(net, size=32)(x, y)
+    assert net.shown == (3, 3, 32, 32) and got.shape == (3,) and abs(got[0] - 0.75) < 1e-6
+    large = lpips(net, size=8)(x, y)
+    assert net.shown == (3, 3, 8, 8)
+    torch.testing.assert_close(large, 3 * x.mean((1, 2, 3)) ** 2)
+
+
+def test_lpips_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ImportError, match="pip install lpips"):
+        lpips()
+
+    def offline(**options):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=offline))
+    with pytest.raises(ConnectionError, match="could not be downloaded .no network."):
+        lpips()
