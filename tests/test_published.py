@@ -10,7 +10,7 @@ import torch
 from diffusion_nb.denoisers import Clip, NetDenoiser, predict_v, step_index
 from diffusion_nb.grids import time_at
 from diffusion_nb.guidance import ClassifierGuidance, Unconditional
-from diffusion_nb.models import edm
+from diffusion_nb.models import edm, taef2
 from diffusion_nb.models.diffusers import (
     betas_of,
     load_diffusers,
@@ -30,11 +30,13 @@ from diffusion_nb.models.openai import (
     names,
     reordered,
 )
+from diffusion_nb.models.taef2 import TAEF2, load_taef2
 from diffusion_nb.nets.classifier import EncoderUNet
 from diffusion_nb.nets.song import SongUNet
 from diffusion_nb.nets.unet import ADM, IMPROVED, Attention, UNet, parameters
 from diffusion_nb.samplers.linear import ddim
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, cosine_betas, linear_betas
+from diffusion_nb.util.storage import user_folder
 from diffusion_nb.variances import learned_variance
 
 SIZES = {  # how many tensors and parameters, and a hash of the names, as their programs make them
@@ -510,3 +512,54 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
         {"revision": "main", "token": None, "allow_patterns": ["model.safetensors", "model.json"]},
     ]
     assert Model.from_pretrained(hub / "me/digits").about == about and len(asked) == 3
+
+
+def test_taef2_has_the_published_numbers_and_halves_three_times():
+    net = TAEF2()
+    assert (parameters(net.encoder), parameters(net.decoder)) == (1_338_528, 1_338_499)
+    names = {part: hashlib.sha256("\n".join(sorted(getattr(net, part).state_dict())).encode()).hexdigest()[:8] for part in ("encoder", "decoder")}  # fmt: skip
+    assert names == {"encoder": "0d482ce9", "decoder": "86b3d349"}
+    z = net.encode(torch.zeros(1, 3, 24, 16))
+    assert z.shape == (1, 32, 3, 2) and net.decode(z).shape == (1, 3, 24, 16)
+    with pytest.raises(ValueError, match="multiples of 8; got 20×16"):
+        net.encode(torch.zeros(1, 3, 20, 16))
+
+
+def test_taef2_is_told_pictures_from_0_to_1():
+    net, x = TAEF2(width=4, latent=2).double(), torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(net.encode(2 * x - 1), net.encoder(x))
+    z = torch.full((1, 2, 1, 1), 5.0, dtype=torch.float64)
+    torch.testing.assert_close(net.decode(z), 2 * net.decoder[1:](3 * (z / 3).tanh()) - 1)
+
+
+def test_taef2_is_read_from_the_published_files_only(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = TAEF2()
+    with pytest.raises(FileNotFoundError, match="put taef2_encoder.pth and taef2_decoder.pth of https"):
+        load_taef2(tmp_path)
+    for part in ("encoder", "decoder"):
+        torch.save(
+            {k: v.half() for k, v in getattr(net, part).state_dict().items()}, tmp_path / f"taef2_{part}.pth"
+        )
+    with pytest.raises(ValueError, match="is not the published file"):
+        load_taef2(tmp_path)
+    made = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in tmp_path.iterdir()}
+    monkeypatch.setattr(taef2, "SHA256", made)
+    loaded = load_taef2(tmp_path)
+    assert all(v.half().float().equal(loaded.state_dict()[k]) for k, v in net.state_dict().items())
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+HERE = user_folder() / "taef2"
+
+
+@pytest.mark.skipif(not (HERE / "taef2_encoder.pth").exists(), reason=f"needs the published files in {HERE}")
+def test_taef2_gives_photographs_back():
+    from sklearn.datasets import load_sample_image
+
+    x = torch.tensor(load_sample_image("flower.jpg")).permute(2, 0, 1)[None].float() / 127.5 - 1
+    x = torch.nn.functional.interpolate(x, size=(256, 384), mode="bicubic", antialias=True).clamp(-1, 1)
+    net = load_taef2(HERE)
+    z = net.encode(x)
+    error = (net.decode(z).clamp(-1, 1) - x).square().mean()
+    assert abs(10 * torch.log10(4 / error) - 31.6) < 0.2 and abs(z.std() - 0.81) < 0.02
