@@ -1,5 +1,6 @@
 """Emoji: what captions are made of, the split, what may be mirrored, and the pictures that are kept."""
 
+import json
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 import diffusion_nb.emoji as module
 from diffusion_nb.cli import sample as cli_sample
 from diffusion_nb.cli.main import main
+from diffusion_nb.cli.sample import Sample, weight_of
 from diffusion_nb.cli.samplers import SAMPLERS
 from diffusion_nb.denoisers import Clip
 from diffusion_nb.emoji import (
@@ -411,7 +413,7 @@ def test_a_model_of_captions_is_saved_with_its_words(tmp_path):
 def test_prompts_are_drawn_in_turn(tmp_path, monkeypatch, capsys):
     model = small_model()
     monkeypatch.setattr(cli_sample, "load_model", lambda name: model)
-    words = "--n 3 --steps 2 --sampler dpmpp_2m --guidance 1 --film --device cpu".split()
+    words = "--n 3 --steps 2 --guidance 1 --film --device cpu".split()
     assert main(["sample", *words, "--prompt", "red apple; dark apple ;", "--out", str(tmp_path / "a")]) == 0
     x = load_file(tmp_path / "a/samples.safetensors")["pictures"]
     y = model.denoiser.net.label.told(["red apple", "dark apple", "red apple"])
@@ -422,6 +424,9 @@ def test_prompts_are_drawn_in_turn(tmp_path, monkeypatch, capsys):
     assert (x - want).abs().max() < 1e-4 and (tmp_path / "a/film.gif").exists()
     swapped = draw(guided, sampler, ts, torch.arange(3), (3, 8, 8), {"y": y.flip(1)})
     assert (x - swapped).abs().max() > 1e-2
+    assert json.loads((tmp_path / "a/run.json").read_text())["sampler"] == "dpmpp_2m"
+    default = Sample()
+    assert weight_of(default, model) == 2 and cli_sample.default_walk(model) == ("dpmpp_2m", 20)
     capsys.readouterr()
     for prompt, said in ((["--prompt", "rad apple"], "did you mean 'red'"), (["--prompt", " ;"], "expected a caption"),
                          (["--label", "3"], "draws from captions")):  # fmt: skip

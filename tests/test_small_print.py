@@ -5,34 +5,51 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from diffusion_nb.denoisers import Consistency, predict_edm
+from diffusion_nb.data import _torchvision_files
+from diffusion_nb.denoisers import (
+    Consistency,
+    DenoiserConsistency,
+    Prediction,
+    TimeWarped,
+    X0EpsDenoiser,
+    predict_edm,
+)
 from diffusion_nb.experiments.judge import digit_judge
 from diffusion_nb.forward import offset_noise, q_sample
-from diffusion_nb.grids import geometric_grid, respaced_grid
-from diffusion_nb.guidance import DynamicThreshold
-from diffusion_nb.likelihood.bits import check_levels
-from diffusion_nb.losses.bound import bound_loss, vlb_term
-from diffusion_nb.losses.consistency import perceptual
+from diffusion_nb.grids import geometric_grid, logsnr_grid, respaced_grid, time_grid
+from diffusion_nb.guidance import DynamicThreshold, check_same_schedule
+from diffusion_nb.likelihood.bits import bits_per_dim, check_levels
+from diffusion_nb.likelihood.lossless import LosslessCodec, Stack, normal_tables
+from diffusion_nb.losses.bound import bound_loss, prior_kl, vlb_term
+from diffusion_nb.losses.consistency import consistency_loss, inverse_gap, mse, perceptual
+from diffusion_nb.losses.score import half_square, sliced_score_loss
 from diffusion_nb.losses.vdm import scale_gradient_by_loss
+from diffusion_nb.metrics.features import frechet_distance, in_balls, precision_recall
 from diffusion_nb.metrics.samples import energy_distance, typicality
 from diffusion_nb.mixtures import GMMDenoiser, ring_mixture
 from diffusion_nb.nets.classifier import NoisyClassifier
-from diffusion_nb.nets.song import FourierFeatures
+from diffusion_nb.nets.mlp import ScoreMLP
+from diffusion_nb.nets.song import FourierFeatures, Resample
 from diffusion_nb.nets.unet import Down, UNet, cos_first_embedding, ddpm_init, parameters
 from diffusion_nb.noise import BrownianPath, Noise
 from diffusion_nb.samplers.langevin import langevin, langevin_step
-from diffusion_nb.samplers.linear import dpmpp_2m_sde
-from diffusion_nb.samplers.sde import euler_maruyama, reverse_diffusion, reverse_sde
+from diffusion_nb.samplers.linear import dpmpp_2m_sde, invert
+from diffusion_nb.samplers.sde import euler_maruyama, ratio_steps, reverse_diffusion, reverse_sde
 from diffusion_nb.schedules import (
     CosineSchedule,
+    DDPMSchedule,
     EDMSchedule,
     LearnedSchedule,
     LinearGamma,
     MonotoneNet,
+    TimeWarpedSchedule,
     VPSchedule,
+    linear_betas,
 )
 from diffusion_nb.time_samplers import LevelSampler, LossSecondMomentSampler, growing_number
+from diffusion_nb.util.checks import expand_as
 from diffusion_nb.variances import fixed_small
 
 F64 = torch.float64
@@ -201,3 +218,153 @@ def test_more_defaults():
     assert respaced_grid(30, 7).dtype == F64
     assert len(geometric_grid(VPSchedule(), 2, 100.0, 0.1)) == 3  # of at most 152
     assert DynamicThreshold(GMMDenoiser(ring_mixture(3), CosineSchedule()), largest=1.0).largest == 1
+
+
+# what the default sample of mutants found untested
+
+
+class Asks(nn.Module):
+    "A denoiser that keeps what it was asked with; its guess leans on a condition."
+
+    def __init__(self, schedule=None, twice=False):
+        super().__init__()
+        self.schedule, self.twice = schedule or CosineSchedule(), twice
+
+    def forward(self, x_t, t, lean=None, **cond):
+        self.t = t
+        alpha, sigma = (expand_as(c, x_t) for c in self.schedule(t))
+        x0 = x_t.tanh() + (0 if lean is None else lean)
+        return Prediction(x_t, alpha, sigma, x0, *([x0] if self.twice else []))
+
+
+def test_a_clock_is_asked_in_float64():
+    inner = Asks()
+    TimeWarped(inner, lambda t: t**2)(draw(1, (1, 2, 2)), 0.1)
+    assert inner.t.dtype == F64 and abs(inner.t - 0.01) < 1e-15
+
+
+@pytest.mark.parametrize("lean", [None, 0.5])
+def test_a_network_that_says_both_is_told_the_condition(lean):
+    x, t = draw(2, (1, 2, 2)), torch.tensor(0.4, dtype=F64)
+    inner = Asks(twice=True)
+    cond = {} if lean is None else {"lean": lean}
+    said = inner(x, t, **cond)
+    want = said.sigma**2 * said.x0 + said.alpha * (x - said.sigma * said.extra)
+    torch.testing.assert_close(X0EpsDenoiser(inner)(x, t, **cond).x0, want)
+
+
+def test_the_last_time_but_one_of_a_grid_even_in_log_snr():
+    grid = logsnr_grid(CosineSchedule(), 5)
+    assert grid[0] == 1 and abs(grid[-2] - 0.002) < 1e-9 and grid[-1] == 0
+
+
+def test_schedules_that_part_only_later_are_told_apart():
+    with pytest.raises(ValueError, match="has another schedule"):
+        check_same_schedule(VPSchedule(0.1, 20.0), VPSchedule(0.1, 10.0), "it")
+    assert check_same_schedule(VPSchedule(), VPSchedule(), "it") is None
+
+
+def test_bits_take_times_of_less_precision_as_they_are():
+    exact, x = GMMDenoiser(ring_mixture(3), CosineSchedule()), torch.tensor([[0.5, -0.5], [1.0, 0.0]], dtype=F64)
+    rough = time_grid(10).float()
+    got, want = (bits_per_dim(exact, x, ts, levels=5).total for ts in (rough, rough.double()))
+    assert got.equal(want) and got.dtype == F64
+
+
+def test_the_prior_of_a_codec_has_all_of_the_variance():
+    schedule = TimeWarpedSchedule(CosineSchedule(), lambda t: 0.5 * t)  # which ends at half of the noise
+    codec = LosslessCodec(Asks(schedule), time_grid(2), levels=3, var=fixed_small)
+    stage = codec.stages()[-1]
+    alpha, sigma = (c.item() for c in schedule(torch.ones((), dtype=F64)))
+    made, want = codec.prior(stage, (1,))[0], normal_tables(stage.above, torch.zeros(1, dtype=F64), alpha**2 + sigma**2)[0]  # fmt: skip
+    assert 0.3 < sigma < 0.9 and [made[i] for i in (1, 5, len(made) // 3)] == [
+        want[i] for i in (1, 5, len(want) // 3)
+    ]
+
+
+def test_a_number_beyond_the_table_is_refused():
+    stack = Stack(1 << 80)
+    for i in (-1, 2, 3):
+        with pytest.raises(ValueError, match="numbers: expected 0 to 1"):
+            stack.push([i], [[0, 3, 4]])
+
+
+def test_the_prior_s_cost_in_full_precision():
+    schedule, x0 = DDPMSchedule(linear_betas()), draw(2, (1, 2, 2))
+    alpha = (1 - linear_betas().double()).prod().sqrt()
+    var = 1 - alpha**2
+    want = 0.5 * (var + alpha**2 * x0**2 - 1 - var.log()).flatten(1).sum(1)
+    torch.testing.assert_close(prior_kl(schedule, x0), want, rtol=1e-9, atol=0)
+
+
+def test_a_consistency_loss_is_as_precise_as_its_pictures():
+    f = DenoiserConsistency(Asks(EDMSchedule()))
+    x, t, s = draw(2, (1, 2, 2)).float(), *(torch.full((2,), v, dtype=F64) for v in (0.8, 0.7))
+    got = consistency_loss(f, lambda x_t: x_t, x, t, s, mse, None, inverse_gap, {})
+    assert got.dtype == torch.float32
+
+
+def test_sliced_score_matching_is_told_the_condition():
+    x, t, v = draw(3, (2,)), torch.tensor(0.4, dtype=F64), draw(3, (2,))
+    plain, leaning = (sliced_score_loss(Asks(), x, t, v, **cond) for cond in ({}, {"lean": 0.5}))
+    want = half_square(Asks()(x, t, lean=0.5).score) - half_square(Asks()(x, t).score)
+    torch.testing.assert_close(
+        leaning - plain, want
+    )  # the lean is the same everywhere, so that its derivative is 0
+
+
+def test_a_distance_between_sets_that_lie_in_a_plane():
+    a = draw(50, (2,)) @ draw(2, (8,))
+    assert abs(frechet_distance(a, a)) < 1e-5 and frechet_distance(a, a + 1) == pytest.approx(8, abs=1e-5)
+
+
+def test_balls_far_from_the_origin():
+    x = 1e-3 * draw(60, (2,)) + 1e6
+    assert precision_recall(x, x[:40]) == pytest.approx((1.0, precision_recall(x - 1e6, x[:40] - 1e6)[1]))
+    assert in_balls(x, x[:40], 3).equal(in_balls(x - 1e6, x[:40] - 1e6, 3))
+
+
+def test_a_ring_is_evenly_spread():
+    mixture, around = ring_mixture(8, radius=2.0), math.pi / 4
+    assert mixture.means[1].tolist() == pytest.approx([2 * math.cos(around), 2 * math.sin(around)])
+    assert mixture.means.sum(0).abs().max() < 1e-9
+
+
+def test_a_classifier_of_noise_halves_its_pictures_twice():
+    net, seen = NoisyClassifier(CosineSchedule(), width=4), []
+    net.head[0].register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
+    net.logits(torch.zeros(1, 1, 16, 16), torch.tensor(0.5))
+    assert seen == [(1, 16, 4, 4)]
+
+
+def test_a_small_network_of_the_plane():
+    assert ScoreMLP(width=8)(torch.zeros(3, 2), torch.ones(3)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_pictures_are_resampled_in_their_own_precision(up):
+    x = draw(1, (2, 4, 4))
+    assert Resample((1, 3, 3, 1), up=up)(x).dtype == F64
+    torch.testing.assert_close(Resample((1, 3, 3, 1), up=up)(x), Resample((1, 3, 3, 1), up=up)(x.float()).double(), rtol=0, atol=1e-5)  # fmt: skip
+
+
+def test_queries_keys_and_values_begin_as_three_matrices():
+    torch.manual_seed(0)
+    weight = ddpm_init(nn.Sequential(nn.Linear(64, 3 * 64))).get_parameter("0.weight").abs().max()
+    assert (6 / (4 * 64)) ** 0.5 < weight <= (6 / (2 * 64)) ** 0.5  # by fan_in + fan_out of each
+
+
+def test_pictures_are_encoded_at_the_times_of_less_precision_as_they_are():
+    model, x, ts = Asks(), draw(2, (1, 2, 2)), time_grid(6, end=0.01).flip(0).float()
+    assert invert(model, x, ts).equal(invert(model, x, ts.double()))
+
+
+def test_a_step_by_the_ratio_of_two_norms():
+    pred, z = Asks()(draw(2, (3,)), torch.tensor(0.4, dtype=F64)), 3 * draw(2, (3,))
+    want = 2 * (0.2 * z.norm(dim=1).mean() / pred.score.norm(dim=1).mean()) ** 2
+    torch.testing.assert_close(ratio_steps(0.2)(pred, z), want)
+
+
+def test_the_files_of_cifar_10_are_six():
+    files = _torchvision_files("CIFAR10")
+    assert len({p.name for p, _ in files}) == 6 and all(len(md5) == 32 for _, md5 in files)

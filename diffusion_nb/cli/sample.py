@@ -18,19 +18,19 @@ class Sample:
     n: Annotated[int, arg(aliases=["--pictures"])] = 64
     "How many pictures (torchrun takes --n for its own: say --pictures)."
     steps: int | None = None
-    "Steps of the sampler, if not 100, those of a student, or 1 for a consistency model."
+    "Steps of the sampler, if not 100, 20 for emoji, those of a student, or 1 for a consistency model."
     seed: int = 0
     "Picture i has seed SEED + i."
     label: str | None = None
     "Draw this class only, not all in turn: its number or, for cifar10 and fashion-mnist, its name, such as ship."
     prompt: str | None = None
     "For emoji: draw this caption, such as 'red apple'; of several, with semicolons between them, each in turn."
-    guidance: float = 0.0
-    "Classifier-free guidance, the weight w in (w+1) with - w without label."
+    guidance: float | None = None
+    "Classifier-free guidance, the weight w in (w+1) with - w without label; if not given, 2 for emoji, else 0."
     batch: int = 0
     "Pictures at a time, which does not change them; 0: as many as fit."
     sampler: str | None = None
-    "How to walk from noise to pictures, one of cli/samplers.py: ddpm, or with few steps, such as --steps 20, ddim, heun or dpmpp_2m. If not given: ddpm, or ddim for a student."
+    "How to walk from noise to pictures, one of cli/samplers.py: ddpm, or with few steps, such as --steps 20, ddim, heun or dpmpp_2m. If not given: ddpm, dpmpp_2m for emoji, or ddim for a student."
     variance: Literal["small", "large"] | None = None
     "Of a step of ddpm: β̃ (small, the default) or β."
     bf16: bool = False
@@ -86,13 +86,13 @@ def write_how(args: Sample, model, steps: int, here: dict, file: Path) -> None:
 
     from diffusion_nb.util.storage import write_json
 
-    how = dict(sampler=args.sampler or default_walk(model)[0], steps=steps, torch=torch.__version__)
+    how = dict(sampler=args.sampler or default_walk(model)[0], steps=steps, guidance=weight_of(args, model), torch=torch.__version__)  # fmt: skip
     write_json(file, asdict(args) | here | how | dict(recipe=asdict(model.about.recipe)))
 
 
 def check_sample(args: Sample, model) -> None:
     "Raise ValueError for what this model cannot be asked."
-    if args.guidance and null_of(model) is None:
+    if weight_of(args, model) and null_of(model) is None:
         raise ValueError("--guidance: this model knows no labels to be guided to")
     if args.n < 1 or args.batch < 0 or (args.steps is not None and args.steps < 1):
         raise ValueError(
@@ -100,9 +100,18 @@ def check_sample(args: Sample, model) -> None:
         )
 
 
+def weight_of(args: Sample, model) -> float:
+    "The guidance weight that was asked for, or else 2 for captions, which need it, and 0 for labels."
+    return args.guidance if args.guidance is not None else 2.0 * (model.about.family == "captions")
+
+
 def default_walk(model) -> tuple[str, int]:
     "The sampler and the number of steps that a model is made for."
-    steps = {"student": ("ddim", model.about.steps), "consistency": ("consistency", 1)}
+    steps = {
+        "student": ("ddim", model.about.steps),
+        "consistency": ("consistency", 1),
+        "captions": ("dpmpp_2m", 20),
+    }
     return steps.get(model.about.family, ("ddpm", 100))
 
 
@@ -140,7 +149,8 @@ def ready(args: Sample, model, device):
         if args.guidance or args.bf16:
             raise ValueError("--guidance, --bf16: not for a consistency model")
         return denoiser
-    guided = CFG(denoiser, args.guidance, null_of(model)) if args.guidance else denoiser
+    w = weight_of(args, model)
+    guided = CFG(denoiser, w, null_of(model)) if w else denoiser
     return CompiledDenoiser(Clip(guided), bf16=args.bf16)
 
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusion_nb.data import data_set
+from diffusion_nb.emoji import emoji
 from diffusion_nb.experiments.artifacts import artifact
+from diffusion_nb.experiments.emoji import draw_captions, emoji_denoiser
 from diffusion_nb.experiments.judge import fashion_judge, mnist_judge
 from diffusion_nb.experiments.pictures import (
     cifar10_denoiser,
@@ -83,7 +85,23 @@ def make_references(r: ReferenceRecipe) -> tuple[dict, dict]:
         )
         tensors |= {f"{name}.{k}": v.half() if v.is_floating_point() else v for k, v in made._asdict().items()}
         metrics[name] = {"w": w, "pictures": n, "classes": 10, "of each": n // 10} | scores(name, made, y)
-    return tensors, metrics
+    return tensors | emoji_distances(), metrics
+
+
+def emoji_distances(w: float = 2.0) -> dict[str, Tensor]:
+    "How far drawings from captions, held out or trained on, and held-out emoji are from the nearest training picture."
+    data, denoiser = emoji(), emoji_denoiser()
+    train, held = data.x[data.train], (~data.train).nonzero()[:, 0]
+    known = data.train.nonzero()[:, 0]
+    known = known[:: len(known) // len(held)][: len(held)]
+    drawn = {
+        name: draw_captions(denoiser, [data.captions[i] for i in which], w, first=2**20).clamp(-1, 1)
+        for name, which in (("drawn", held), ("drawn_of_known_captions", known))
+    }
+    return {
+        f"emoji.nearest_of_{name}": nearest_pictures(x, train).distance.half()
+        for name, x in {"held_out": data.x[held], **drawn}.items()
+    }
 
 
 def reference(name: str) -> Reference:
