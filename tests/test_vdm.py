@@ -11,13 +11,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from diffusion_nb.data import Pictures
-from diffusion_nb.denoisers import Denoiser, NetDenoiser, Prediction, TimeWarped, X0EpsDenoiser, predict_x0
+from diffusion_nb.denoisers import (
+    Denoiser,
+    NetDenoiser,
+    Prediction,
+    TimeWarped,
+    X0EpsDenoiser,
+    predict_noise_change,
+    predict_x0,
+)
 from diffusion_nb.likelihood.continuous import VDMBits, vdm_bits
 from diffusion_nb.losses.bound import prior_kl, vlb_weight
 from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.losses.vdm import decoder_nll, vdm_loss, vdm_weight
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
 from diffusion_nb.nets.conditioning import FourierFeatures, GammaConditioning
+from diffusion_nb.nets.unet import UNet, parameters
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.vdm import vdm_denoiser, vdm_recipe, vdm_trainer
 from diffusion_nb.schedules import (
@@ -351,3 +360,37 @@ class Plain(torch.nn.Module):
 def test_what_is_refused(bad, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         bad()
+
+
+# the network of VDM's program
+
+
+def wave(*shape: int, k: int = 0) -> torch.Tensor:
+    return (0.7 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64) + k).sin().reshape(shape)
+
+
+def test_the_network_says_what_vdm_s_program_says():
+    "Weights that are waves, the scales of normalisations about 1; theirs has no bias where the time enters."
+    net = UNet(15, 128, (1,), 2, (), channels_out=3).double().eval()
+    for k, (name, v) in enumerate(sorted(net.state_dict().items())):
+        made = 0.2 * wave(*v.shape, k=k) + (v.ndim == 1 and name.endswith("weight"))
+        v.copy_(made * (not name.endswith("time.bias")))
+    t, line = torch.tensor([0.3, 0.9], dtype=torch.float64), LinearGamma(-13.3, 5.0)
+    denoiser = NetDenoiser(
+        FourierFeatures(net, (7, 8)), line, predict_noise_change, c_noise=GammaConditioning(line)
+    )
+    eps = denoiser(wave(2, 3, 8, 8), t).eps
+    printed = [2.8152107502, 6.5715766117, -8.3410340850, -0.8359659067, -0.0986921962, -2.8482732983, 6.8182938245, -8.4000508448]  # fmt: skip
+    torch.testing.assert_close(eps.flatten()[::53].detach(), torch.tensor(printed, dtype=torch.float64), rtol=0, atol=1e-6)  # fmt: skip
+
+
+def test_the_paper_s_recipe_has_the_paper_s_network():
+    "As many numbers as in their program, counted there at two blocks (3,486,979): its input of labels, 4 × 128, ours biases where the time enters."
+    assert parameters(UNet(15, 128, (1,), 2, (), channels_out=3)) - 7 * 128 + 4 * 128 == 3_486_979
+    r = vdm_recipe("cifar10-paper")
+    with torch.device("meta"):
+        net = r.network(15, channels_out=3)
+    assert len(net.down) == 32 and len(net.up) == 33 and r.attention == () and r.mults == (1,)
+    small = replace(r, width=8, blocks=1)
+    model = vdm_denoiser(small, (3, 8, 8))
+    assert model.denoiser.predict is predict_noise_change and model.denoiser.net.exponents == (7, 8)

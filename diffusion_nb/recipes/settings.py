@@ -66,7 +66,8 @@ def typed(kind: type[T], values: dict[str, Any], where: str) -> T:
 
 def _parse(kind, value):
     if get_origin(kind) is tuple:
-        return tuple(_parse(get_args(kind)[0], v) for v in (value.split(",") if isinstance(value, str) else value))
+        values = (value.split(",") if value.strip() else []) if isinstance(value, str) else value
+        return tuple(_parse(get_args(kind)[0], v) for v in values)
     parsed = value if get_origin(kind) is Literal else kind(value)
     if (
         not isinstance(value, str)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffusion_nb.denoisers import NetDenoiser, TimeWarped, predict_eps
+from diffusion_nb.denoisers import NetDenoiser, TimeWarped, predict_eps, predict_noise_change
 from diffusion_nb.likelihood.bits import check_levels
 from diffusion_nb.losses.vdm import vdm_loss
 from diffusion_nb.nets.conditioning import FourierFeatures, GammaConditioning
@@ -19,7 +19,8 @@ from diffusion_nb.training.trainer import Trainer
 class VDMRecipe(NetRecipe):
     """A model on a learned schedule, γ = -log SNR from `first` to `last`, both learned.
 
-    exponents: of the Fourier features; soft_steps: the width of the monotone network; levels: grey levels.
+    exponents: of the Fourier features; soft_steps: the width of the monotone network; levels: grey levels. change: 1 where the
+    network says what to add to its input to give the noise, as in VDM's program.
     """
 
     steps: int = 1500
@@ -29,6 +30,7 @@ class VDMRecipe(NetRecipe):
     soft_steps: int = 1024
     exponents: tuple[int, ...] = (3, 4)
     levels: int = 17
+    change: int = 0
 
 
 def vdm_recipe(name: str) -> VDMRecipe:
@@ -40,8 +42,9 @@ def vdm_denoiser(r: VDMRecipe, shape: Sequence[int]) -> TimeWarped:
     "The fresh model of a recipe, for pictures of this shape: a network told γ, with Fourier features, on a learned clock."
     channels, schedule = shape[0], LearnedSchedule(r.first, r.last, r.soft_steps)
     net, line = r.network(channels * (1 + 2 * len(r.exponents)), channels_out=channels), schedule.schedule
+    predict = predict_noise_change if r.change else predict_eps
     return TimeWarped(
-        NetDenoiser(FourierFeatures(net, r.exponents), line, predict_eps, c_noise=GammaConditioning(line)),
+        NetDenoiser(FourierFeatures(net, r.exponents), line, predict, c_noise=GammaConditioning(line)),
         schedule.warp,
     )
 
