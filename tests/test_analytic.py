@@ -1,5 +1,6 @@
 """The optimal reverse variance: its bounds, the paper's letters, Gaussian data, batches, repriced bits, bad input."""
 
+import itertools
 import math
 
 import pytest
@@ -12,12 +13,20 @@ from diffusion_nb.denoisers import Denoiser, Prediction
 from diffusion_nb.forward import Step, posterior_steps, q_sample
 from diffusion_nb.grids import time_grid, truncated_grid
 from diffusion_nb.likelihood.bits import bits_per_dim, bits_with_variance, fitted_variance
+from diffusion_nb.losses.bound import gaussian_kl
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
 from diffusion_nb.noise import Noise
 from diffusion_nb.samplers.linear import ddpm
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, VESchedule, VPSchedule, linear_betas
 from diffusion_nb.util.checks import expand_as
-from diffusion_nb.variances import Moments, analytic_variance, expected_eps2, fixed_large, fixed_small
+from diffusion_nb.variances import (
+    Moments,
+    analytic_variance,
+    best_trajectory,
+    expected_eps2,
+    fixed_large,
+    fixed_small,
+)
 
 F64, INF = torch.float64, math.inf
 SCHEDULES = {
@@ -203,3 +212,27 @@ def test_a_time_without_moments_is_named():
     )
     with pytest.raises(KeyError, match="0.3"):
         var(None, steps_of(SCHEDULES["cosine"], torch.tensor([0.3, 0.1], dtype=F64))[0])
+
+
+def test_the_best_trajectory_is_the_best_of_all():
+    schedule, ts = CosineSchedule(), torch.tensor([1.0, 0.8, 0.75, 0.5, 0.3, 0.1, 0.02], dtype=torch.float64)
+    alpha, sigma = schedule(ts)
+    gamma = torch.tensor([0.999, 0.9, 0.88, 0.7, 0.6, 0.3, 0.2], dtype=torch.float64)
+    moments = Moments(ts, (sigma / alpha) ** 2, gamma[None], gamma[None])
+    spread = dict(zip(ts.tolist(), moments.spread().tolist(), strict=True))
+
+    def price(way):
+        total = 0.0
+        for t, s in itertools.pairwise(way):
+            step = posterior_steps(schedule, torch.tensor(s), torch.tensor(t))
+            best = step.small + step.b**2 * spread[t]
+            total += gaussian_kl(torch.zeros(()), step.small, torch.zeros(()), best).item() + (step.b**2 * spread[t] / best / 2).item()  # fmt: skip
+        return total
+
+    for n in range(1, 7):
+        ways = [(1.0, *middle, 0.02) for middle in itertools.combinations(ts[1:-1].tolist(), n - 1)]
+        got = best_trajectory(moments, schedule, n)
+        assert got.tolist() == pytest.approx(min(ways, key=price)), n
+    for n in (0, 7):
+        with pytest.raises(ValueError, match="n: expected 1 to 6 steps, of 7 times"):
+            best_trajectory(moments, schedule, n)
