@@ -14,9 +14,19 @@ from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, Prediction, pred
 from diffusion_nb.experiments.evaluation import variety
 from diffusion_nb.forward import q_sample
 from diffusion_nb.grids import even_logsnr_grid, time_grid
-from diffusion_nb.guidance import CFG, AutoGuidance, ClassifierGuidance, DynamicThreshold, Unconditional, interval
+from diffusion_nb.guidance import (
+    CFG,
+    AutoGuidance,
+    ClassifierGuidance,
+    DynamicThreshold,
+    SelfConditioned,
+    Unconditional,
+    interval,
+)
+from diffusion_nb.losses.simple import denoising_loss, self_conditioned
 from diffusion_nb.mixtures import GMMDenoiser, random_mixture
 from diffusion_nb.nets.classifier import NoisyClassifier, classifier_loss
+from diffusion_nb.nets.conditioning import WithGuess
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.samplers.guided import guided_ddpm
@@ -382,3 +392,51 @@ def test_dynamic_thresholding_keeps_the_order_where_clip_does_not():
     for bad in (dict(share=0.0), dict(share=1.1), dict(largest=0.5)):
         with pytest.raises(ValueError, match="expected a share"):
             DynamicThreshold(Loud(), **bad)
+
+
+# self-conditioning
+
+
+class Remembers(nn.Module):
+    "A network of pictures and guesses whose answer depends on both; keeps the guesses that it saw."
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, both, t, y=None):
+        x, guess = both.chunk(2, dim=1)
+        self.seen.append(guess.clone())
+        return 0.5 * x + 0.3 * guess + (0 if y is None else 0.1 * y.reshape(-1, 1, 1, 1))
+
+
+def test_a_walk_tells_the_network_its_last_guess():
+    net, x = Remembers(), torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    inner = NetDenoiser(WithGuess(net), CosineSchedule(), predict_v)
+    model, guesses = SelfConditioned(inner), []
+    for _ in range(2):  # the second walk begins afresh
+        del net.seen[:], guesses[:]
+        ddim(model, x, time_grid(4), callback=lambda i, x, pred: guesses.append(pred.x0), y=torch.arange(3))
+        assert not net.seen[0].any() and len(net.seen) == 4
+        assert all(told.equal(said) for told, said in zip(net.seen[1:], guesses[:-1], strict=True))
+    model(x[:2], torch.tensor(0.01))  # another number of pictures
+    assert not net.seen[-1].any()
+
+
+def test_half_of_a_batch_is_trained_with_its_own_guess():
+    torch.manual_seed(0)
+    net, n = Remembers(), 400
+    model = NetDenoiser(WithGuess(net), CosineSchedule(), predict_v)
+    x0, eps = torch.randn(2, n, 1, 2, 2)
+    t, y = torch.rand(n, dtype=torch.float64).clamp_min(0.1), torch.arange(n) % 3
+    scale = torch.ones((), requires_grad=True)
+    model.net.register_forward_pre_hook(lambda m, args, kw: ((scale * args[0], *args[1:]), kw), with_kwargs=True)
+    loss = self_conditioned(denoising_loss)(model, x0, t, eps, y=y)
+    first, second = net.seen
+    own = model(q_sample(model.schedule, x0, t, eps), t, y=y).x0
+    told = second.flatten(1).any(1)
+    assert not first.any() and second[told].allclose(own[told]) and abs(told.double().mean() - 0.5) < 0.125
+    want = denoising_loss(model, x0, t, eps, guess=second.detach(), y=y)
+    torch.testing.assert_close(loss, want)
+    slopes = [torch.autograd.grad(v.sum(), scale)[0] for v in (loss, want)]  # the guess is a constant
+    torch.testing.assert_close(*slopes)
