@@ -37,6 +37,7 @@ FACE = {
     "nets.song": "SongUNet",
     "nets.edm2": "EDM2UNet",
     "nets.words": "BagOfWords",
+    "nets.autoencoder": "KLAutoencoder",
     "metrics.features": "frechet_distance nearest_distance precision_recall density_coverage",
     "training.trainer": "Trainer",
     "training.batches": "flip_half",
