@@ -213,7 +213,7 @@ def emoji(size: int = 32) -> Emoji:
     """
     if size not in SIZES:
         raise ValueError(f"size: expected {' or '.join(map(str, SIZES))} pixels; got {size!r}")
-    versions = _versions()
+    versions = package_versions()
     drawings = _drawings()
     made_of = [parts(d.caption, d.group) for d in drawings]
     mirrors = torch.tensor([same_mirrored(d.caption, p, d.group) for d, p in zip(drawings, made_of, strict=True)])
@@ -222,7 +222,7 @@ def emoji(size: int = 32) -> Emoji:
     return Emoji(x, captions, category, *zip(*made_of, strict=True), *split(made_of), mirrors)
 
 
-def _versions() -> str:
+def package_versions() -> str:
     "The packages with their versions, or an ImportError that says which are missing."
     found, missing = [], []
     for name in PACKAGES:

@@ -77,19 +77,33 @@ def data(args: Data) -> int:
     return 0
 
 
+def lacking(source: str) -> str:
+    "What has to be done before this data set can be used; '' if it is here."
+    from diffusion_nb.data import data_set
+    from diffusion_nb.emoji import package_versions
+
+    if source == "emoji":
+        try:
+            package_versions()
+        except ImportError as e:
+            return str(e)
+        return ""
+    here = data_set(source).state() in ("built in", "verified")
+    return "" if here else f"{source} is not here (diffusion-nb data {source} fetches it)"
+
+
 def artifacts() -> int:
     "Train the small networks that come with the book again, and compare with their cards."
     import torch
 
-    from diffusion_nb.data import data_set
     from diffusion_nb.experiments.artifacts import ship_artifact
     from diffusion_nb.util.storage import project_root
 
     torch.set_num_threads(1)  # sums in one order: the same weights every time on one machine
     for name, (make, r) in artifact_makers().items():
-        source = getattr(r, "data", "digits")
-        if data_set(source).state() not in ("built in", "verified"):
-            print(f"{name}: left as it is, for {source} is not here (diffusion-nb data {source} fetches it)")
+        sources = getattr(r, "data", "digits")
+        if missing := [why for s in ([sources] if isinstance(sources, str) else sources) if (why := lacking(s))]:
+            print(f"{name}: left as it is, for {'; '.join(missing)}")
             continue
         path = project_root() / "data" / "artifacts" / f"{name}.json"
         old = json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}

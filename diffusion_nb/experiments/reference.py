@@ -46,6 +46,7 @@ JUDGED = {
 class ReferenceRecipe:
     "How many pictures: of the training set as a reference, and drawn or held out to be compared with it."
 
+    data: tuple[str, ...] = tuple(JUDGED)
     real: int = 2000
     drawn: int = 1000
 
