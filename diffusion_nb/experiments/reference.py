@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from diffusion_nb.data import data_set
 from diffusion_nb.emoji import emoji
 from diffusion_nb.experiments.artifacts import artifact
-from diffusion_nb.experiments.emoji import draw_captions, emoji_denoiser
+from diffusion_nb.experiments.emoji import draw_captions, emoji_denoiser, emoji_judge
 from diffusion_nb.experiments.judge import fashion_judge, mnist_judge
 from diffusion_nb.experiments.pictures import (
     cifar10_denoiser,
@@ -76,7 +76,7 @@ def make_references(r: ReferenceRecipe) -> tuple[dict, dict]:
         y, draw = torch.arange(n) % 10, partial(draw_pictures, model, w=w, shape=data.x.shape[1:])
         bar = tqdm(y.split(100), desc=f"drawing {name}", leave=False)
         x = torch.cat([draw(part, first=2**20 + 100 * i) for i, part in enumerate(bar)]).clamp(-1, 1)
-        made = Reference(
+        found = Reference(
             features(judge, data.x[: r.real]),
             features(judge, data.x_test[:n]),
             data.y_test[:n],
@@ -84,25 +84,28 @@ def make_references(r: ReferenceRecipe) -> tuple[dict, dict]:
             features(judge, x),
             nearest_pictures(x, data.x).distance,
         )
-        tensors |= {f"{name}.{k}": v.half() if v.is_floating_point() else v for k, v in made._asdict().items()}
+        made = Reference(*(v.half() if v.is_floating_point() else v for v in found))
+        tensors |= {f"{name}.{k}": v for k, v in made._asdict().items()}
         metrics[name] = {"w": w, "pictures": n, "classes": 10, "of each": n // 10} | scores(name, made, y)
-    return tensors | emoji_distances(), metrics
+    of_emoji, said = emoji_scores()
+    return tensors | of_emoji, metrics | said
 
 
-def emoji_distances(w: float = 2.0) -> dict[str, Tensor]:
-    "How far drawings from captions, held out or trained on, and held-out emoji are from the nearest training picture."
-    data, denoiser = emoji(), emoji_denoiser()
-    train, held = data.x[data.train], (~data.train).nonzero()[:, 0]
-    known = data.train.nonzero()[:, 0]
+@torch.no_grad()
+def emoji_scores(w: float = 2.0) -> tuple[dict, dict]:
+    "How far drawings from captions, held out or trained on, and held-out emoji are from the nearest training picture; and what their features say against those of the training pictures."
+    data, denoiser, judge = emoji(), emoji_denoiser(), emoji_judge()
+    train, held, known = data.x[data.train], (~data.train).nonzero()[:, 0], data.train.nonzero()[:, 0]
     known = known[:: len(known) // len(held)][: len(held)]
-    drawn = {
-        name: draw_captions(denoiser, [data.captions[i] for i in which], w, first=2**20).clamp(-1, 1)
-        for name, which in (("drawn", held), ("drawn_of_known_captions", known))
+    draw = lambda which: draw_captions(denoiser, [data.captions[i] for i in which], w, first=2**20).clamp(-1, 1)
+    sets = {"held_out": data.x[held], "drawn": draw(held), "drawn_of_known_captions": draw(known)}
+    seen = features(judge, train)
+    tensors = {f"emoji.nearest_of_{name}": nearest_pictures(x, train).distance.half() for name, x in sets.items()}
+    said = {
+        what: {k: round(v, 4) for k, v in against(seen, features(judge, sets[name])).items()}
+        for what, name in (("drawn", "drawn"), ("held out", "held_out"))
     }
-    return {
-        f"emoji.nearest_of_{name}": nearest_pictures(x, train).distance.half()
-        for name, x in {"held_out": data.x[held], **drawn}.items()
-    }
+    return tensors, {"emoji": {"w": w, "pictures": len(held)} | said}
 
 
 def reference(name: str) -> Reference:
@@ -129,7 +132,8 @@ def scores(name: str, ref: Reference, y: Int[Tensor, " m"]) -> dict[str, dict[st
         ("held out", ref.held_out, ref.held_out_labels, ref.nearest_of_held_out),
     ):
         given = (judge.head(f.float()).argmax(1) == labels).double().mean().item()
-        said = {"given their class": given} | against(ref.real, f)
+        error = 2 * (given * (1 - given) / len(labels)) ** 0.5
+        said = {"given their class": given, "± of that": error} | against(ref.real, f)
         said |= {
             "nearest training picture": near.float().median().item(),
             "nearer than 99 % of held-out ones": (near.float() < copied).double().mean().item(),
