@@ -25,8 +25,9 @@ from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.checks import default_device
 
 SOME_CAPTIONS = (
-    "red apple", "grinning face", "woman firefighter dark skin tone", "tiger face", "balloon", "mushroom", "robot", "tropical fish",
-    "pizza", "house with garden", "man astronaut medium skin tone", "octopus", "tulip", "snowman", "ghost", "rainbow",
+    "red apple", "green apple", "grinning face", "smiling face with sunglasses", "green heart", "thumbs up medium skin tone",
+    "woman firefighter dark skin tone", "man astronaut medium skin tone", "woman superhero medium-dark skin tone", "mage light skin tone",
+    "couple with heart woman man dark skin tone light skin tone", "flag ukraine", "one o'clock", "pizza", "frog", "soccer ball",
 )  # fmt: skip
 
 
