@@ -31,7 +31,7 @@ from diffusion_nb.metrics.features import density_coverage, inception_score, pre
 from diffusion_nb.mixtures import GaussianMixture, GMMDenoiser, random_mixture
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
-from diffusion_nb.recipes.diffusion import recipe
+from diffusion_nb.recipes.diffusion import Recipe, recipe
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.samplers.heun import heun
 from diffusion_nb.samplers.langevin import langevin
@@ -418,6 +418,10 @@ def test_settings_in_order(project, monkeypatch):
     assert settings("a", Known) == Known(steps=7, lr=0.1, sizes=(3,))
     monkeypatch.setenv("DIFFUSION_NB_PROFILE", "cpu")
     assert settings("a", Known).steps == 7
+    set_by(monkeypatch, "a.sizes=")
+    assert settings("a", Known).sizes == ()
+    with refused("mults: expected the multiple of a level"):
+        Recipe(mults=())
 
 
 def test_somebody_elses_settings_are_not_taken_for_ours(tmp_path, monkeypatch):
@@ -461,7 +465,7 @@ def test_wrong_keys(project, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "item", ["a.steps=many", "a.steps=1.5", "a.steps=", "a.lr=fast", "a.sizes=1,,2", "a.sizes="]
+    "item", ["a.steps=many", "a.steps=1.5", "a.steps=", "a.lr=fast", "a.sizes=1,,2", "a.sizes=,"]
 )
 def test_wrong_types(project, monkeypatch, item):
     set_by(monkeypatch, item)

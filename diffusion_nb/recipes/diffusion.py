@@ -103,6 +103,8 @@ class NetRecipe(Training):
         check_numbers(
             width=(self.width, 1), blocks=(self.blocks, 1), classes=(self.classes, 0), patch=(self.patch, 1)
         )
+        if not self.mults:
+            raise ValueError("mults: expected the multiple of a level, or of more; got none")
 
     def network(self, channels: int, **options) -> nn.Module:
         "The fresh network, from the recipe's seed."
