@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from waves import wave
 
 from diffusion_nb.models import edm
 from diffusion_nb.models.edm import WIDTHS, edm2_names, load_edm2
@@ -11,10 +12,6 @@ from diffusion_nb.models.model import fill
 from diffusion_nb.nets.edm2 import EDM2UNet, MPConv, mp_cat, mp_silu, mp_sum, unit
 
 F64 = torch.float64
-
-
-def wave(*shape: int, k: int = 0) -> torch.Tensor:
-    return (0.7 * torch.arange(torch.Size(shape).numel(), dtype=F64) + k).sin().reshape(shape)
 
 
 def waves(net: EDM2UNet, size: int) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import json
 import diffusers
 import pytest
 import torch
+from waves import wave
 
 from diffusion_nb.denoisers import Clip, NetDenoiser, predict_v, step_index
 from diffusion_nb.grids import time_at
@@ -250,10 +251,6 @@ PRINTED = {
     "guided-diffusion, new order": [-16.4062276, 15.0743779, 11.6146186, 8.6009697, 8.4726696, -9.2428851],
     "improved-diffusion": [11.1834719, -4.9925159, -16.4792218, -3.9970724, -18.2616082, 12.0630952],
 }
-
-
-def wave(*shape: int, k: int = 0) -> torch.Tensor:
-    return (0.7 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64) + k).sin().reshape(shape)
 
 
 def waves(net, table: dict[str, str]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ import hashlib
 import pytest
 import torch
 from torch import nn
+from waves import wave
 
 from diffusion_nb.models import score_sde
 from diffusion_nb.models.model import fill
@@ -22,10 +23,6 @@ from diffusion_nb.nets.unet import Attention, ResBlock
 from diffusion_nb.schedules import SubVPSchedule, VESchedule, VPSchedule
 
 F64 = torch.float64
-
-
-def wave(*shape: int, k: int = 0) -> torch.Tensor:
-    return (0.7 * torch.arange(torch.Size(shape).numel(), dtype=F64) + k).sin().reshape(shape)
 
 
 def theirs_of(net: SongUNet) -> dict[str, torch.Size]:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from waves import wave
 
 from diffusion_nb.data import Pictures
 from diffusion_nb.denoisers import (
@@ -363,10 +364,6 @@ def test_what_is_refused(bad, says):
 
 
 # the network of VDM's program
-
-
-def wave(*shape: int, k: int = 0) -> torch.Tensor:
-    return (0.7 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64) + k).sin().reshape(shape)
 
 
 def test_the_network_says_what_vdm_s_program_says():
