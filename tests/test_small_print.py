@@ -14,6 +14,8 @@ from diffusion_nb.denoisers import (
     Prediction,
     TimeWarped,
     X0EpsDenoiser,
+    check_scale,
+    edm_input,
     predict_edm,
 )
 from diffusion_nb.experiments.judge import digit_judge
@@ -21,8 +23,9 @@ from diffusion_nb.forward import offset_noise, q_sample
 from diffusion_nb.grids import geometric_grid, logsnr_grid, respaced_grid, time_grid
 from diffusion_nb.guidance import DynamicThreshold, check_same_schedule
 from diffusion_nb.likelihood.bits import bits_per_dim, check_levels
+from diffusion_nb.likelihood.continuous import vdm_bits
 from diffusion_nb.likelihood.lossless import LosslessCodec, Stack, normal_tables
-from diffusion_nb.losses.bound import bound_loss, prior_kl, vlb_term
+from diffusion_nb.losses.bound import bound_loss, discretised_log_prob, prior_kl, vlb_term
 from diffusion_nb.losses.consistency import consistency_loss, inverse_gap, mse, perceptual
 from diffusion_nb.losses.score import half_square, sliced_score_loss
 from diffusion_nb.losses.vdm import scale_gradient_by_loss
@@ -30,6 +33,8 @@ from diffusion_nb.metrics.features import frechet_distance, in_balls, precision_
 from diffusion_nb.metrics.samples import energy_distance, typicality
 from diffusion_nb.mixtures import GMMDenoiser, ring_mixture
 from diffusion_nb.nets.classifier import NoisyClassifier
+from diffusion_nb.nets.conditioning import WithGuess
+from diffusion_nb.nets.edm2 import EDM2UNet
 from diffusion_nb.nets.mlp import ScoreMLP
 from diffusion_nb.nets.song import FourierFeatures, Resample
 from diffusion_nb.nets.unet import Down, UNet, cos_first_embedding, ddpm_init, parameters
@@ -44,6 +49,7 @@ from diffusion_nb.schedules import (
     LearnedSchedule,
     LinearGamma,
     MonotoneNet,
+    Schedule,
     TimeWarpedSchedule,
     VPSchedule,
     linear_betas,
@@ -338,7 +344,9 @@ def test_a_classifier_of_noise_halves_its_pictures_twice():
 
 
 def test_a_small_network_of_the_plane():
-    assert ScoreMLP(width=8)(torch.zeros(3, 2), torch.ones(3)).shape == (3, 2)
+    net = ScoreMLP(width=8)
+    assert net(torch.zeros(3, 2), torch.ones(3)).shape == (3, 2)
+    assert [type(layer) for layer in net.body] == [nn.Linear, nn.SiLU] * 3 + [nn.Linear]
 
 
 @pytest.mark.parametrize("up", [False, True])
@@ -368,3 +376,77 @@ def test_a_step_by_the_ratio_of_two_norms():
 def test_the_files_of_cifar_10_are_six():
     files = _torchvision_files("CIFAR10")
     assert len({p.name for p, _ in files}) == 6 and all(len(md5) == 32 for _, md5 in files)
+
+
+def test_the_scale_is_asked_at_more_than_one_time():
+    class OneAtTheEnd(Schedule):
+        def coefficients(self, t):
+            return t, 1 + t
+
+    with pytest.raises(ValueError, match="alpha = 1"):
+        check_scale(OneAtTheEnd())
+
+
+def test_data_of_edm_have_half_a_standard_deviation():
+    assert edm_input()(torch.tensor(1.0), torch.tensor(0.0)) == 2
+
+
+def test_the_smallest_level_of_a_consistency_function_is_a_number():
+    assert isinstance(DenoiserConsistency(Asks(EDMSchedule())).smallest, float)
+
+
+def test_large_seeds_have_times_of_their_own():
+    seen, levels = [], torch.tensor([[-1.0, 1.0]]).expand(2, 2).double()
+    model = Asks(CosineSchedule(10.0))
+    model.register_forward_pre_hook(lambda m, args: seen.append(args[1]))
+    vdm_bits(model, levels, 2, times=1, seeds=[2**30, 2**30 + 1])
+    assert (seen[0].diff() % 1).item() == pytest.approx((5**0.5 - 1) / 2, abs=1e-6)
+
+
+def test_the_bins_of_bytes_add_up():
+    x = torch.linspace(-1, 1, 256, dtype=F64)
+    total = discretised_log_prob(x, torch.tensor(0.1), torch.tensor(0.3)).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-9)
+
+
+def test_balls_reach_to_the_third_neighbour():
+    x, y = draw(40, (3,)), draw(80, (3,))[40:]
+    assert precision_recall(x, y) == precision_recall(x, y, 3) != precision_recall(x, y, 4)
+
+
+def test_the_energy_distance_of_two_rows():
+    x = torch.arange(3, dtype=F64)[:, None]
+    assert energy_distance(x, x + 1) == pytest.approx(-2 / 3)
+
+
+def test_a_network_with_a_guess_passes_on_the_condition():
+    told = WithGuess(lambda x, t, y: x.sum((1, 2, 3)) + t + y)
+    assert told(torch.ones(1, 1, 1, 1), torch.tensor([10.0]), y=torch.tensor([100.0])) == 111
+
+
+def test_the_network_of_edm2_works_in_half_precision():
+    net = EDM2UNet(1, 32, (1, 2), 1, (), classes=2).bfloat16()
+    x, t, y = draw(1, (1, 4, 4)).bfloat16(), torch.ones(1), torch.tensor([1])
+    assert net(x, t, y).dtype == torch.bfloat16
+
+
+def test_noise_repeats_after_no_power_of_two():
+    noise = Noise([0], (2,))
+    assert all(not noise.bits(2**k).equal(noise.bits(0)) for k in range(24))
+
+
+def test_a_cosine_of_little_log_snr():
+    ends = CosineSchedule(0.5).logsnr(torch.tensor([0.0, 1.0], dtype=F64))
+    assert ends.tolist() == pytest.approx([0.5, -0.5])
+
+
+def test_soft_steps_begin_alike():
+    net = MonotoneNet(8, height=0.3)
+    assert F.softplus(net.w3).tolist() == pytest.approx([0.3] * 8)
+
+
+def test_levels_are_looked_up_once():
+    asked, counted, ts = [], [], torch.tensor([1.0, 0.5, 0.0])
+    levels = LevelSampler(lambda k: asked.append(k) or ts, lambda ts: counted.append(ts) or torch.ones(2))
+    levels(torch.rand(3), 7)
+    assert asked == [0, 7] and len(counted) == 1
