@@ -18,6 +18,8 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
+from diffusion_nb.book.folds import folds
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
 CLAIMS = tomllib.loads((ROOT / "claims.toml").read_text())["claim"]
@@ -268,3 +270,17 @@ def test_committed_artifacts_belong_to_their_recipes(name):
     make, recipe = artifact_makers()[name]
     path = ROOT / f"data/artifacts/{name}.safetensors"
     assert _problem(path, as_plain(recipe), made_of(make, recipe)) is None
+
+
+# what is folded
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_what_pages_fold_is_folded_in_jupyterlab(stem):
+    cells = NOTEBOOKS[stem].cells
+    first = {fold.first for fold in folds(cells)}
+    collapsed = {i for i, c in enumerate(cells) if c.metadata.get("jp-MarkdownHeadingCollapsed")}
+    assert first == collapsed, f"{stem}: set jp-MarkdownHeadingCollapsed in cells {first ^ collapsed}"
+    hidden = {i for i, c in enumerate(cells) if c.metadata.get("jupyter") == {"source_hidden": True}}
+    tagged = {i for i, c in enumerate(cells) if "hide-input" in c.metadata.get("tags", [])}
+    assert hidden == tagged, f"{stem}: the tag hide-input goes with source_hidden, cells {hidden ^ tagged}"

@@ -18,7 +18,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 import parity  # noqa: E402
 from pages import Page, broken  # noqa: E402
 
+from diffusion_nb.book.folds import folds  # noqa: E402
 from diffusion_nb.book.pictures import alt_texts, with_alt_texts  # noqa: E402
+from diffusion_nb.book.run import web_page  # noqa: E402
 
 
 def build(root, out):
@@ -170,3 +172,42 @@ def test_links_are_checked(tmp_path, html, fault):
 def test_fonts_are_checked(tmp_path):
     (tmp_path / "a.css").write_text('@font-face { src: url("https://example.org/f.woff") }')
     assert list(broken(tmp_path)) == ["a.css fetches https://example.org/f.woff"]
+
+
+# what is folded
+
+
+def cells(*sources):
+    new = {"#": nbformat.v4.new_markdown_cell, "x": nbformat.v4.new_code_cell}
+    return [new[s[0]](s) for s in sources]
+
+
+def test_a_folded_section_ends_at_the_next_heading():
+    book = cells("# A", "## Deeper: b\ntext", "x = 1", "## C", "### Solution\nso", "x = 2")
+    assert [tuple(fold) for fold in folds(book)] == [(1, 2, "Deeper: b"), (4, 5, "Solution")]
+    assert folds(cells("# A", "## Deep waters", "x")) == []
+    with pytest.raises(ValueError, match="a cell of its own"):
+        folds(cells("# A\n## Deeper: b"))
+
+
+def test_pages_fold_boxes_and_the_code_of_diagrams():
+    nb = nbformat.v4.new_notebook(cells=cells("# A", "## Deeper: $b$\ntext", "x = 1", "## C", "x = 2"))
+    nb.cells[4].metadata["tags"] = ["hide-input"]
+    html = web_page(nb)
+    first, second = re.findall(r"(?s)<details class=\"fold\"><summary>(.*?)</summary>(.*?)</details>", html)
+    assert (
+        "Deeper" in first[0]
+        and "text" in first[1]
+        and first[1].count("jp-CodeCell") == 1
+        and ">C<" not in first[1]
+    )
+    assert second[0] == "the code of this picture" and "2" in second[1]
+
+
+def test_the_site_has_folds_that_links_find(site):
+    folded = [path for path in site.glob("*.html") if '<details class="fold">' in path.read_text(encoding="utf-8")]
+    assert folded, "no page folds anything"
+    for path in folded:
+        html = path.read_text(encoding="utf-8")
+        assert html.count('<details class="fold">') <= html.count("</details>")
+        assert re.search(r'<details class="fold"><summary id="[\w-]+">', html)

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import parity
 from docutils.nodes import make_id
 
+from diffusion_nb.book.folds import folds
 from diffusion_nb.book.ledger import Ledger, cells_of, cites, errata_in, ledger
 from diffusion_nb.book.pictures import alt_texts
 
@@ -72,7 +73,22 @@ def notebook(root: Path, stem: str) -> nbformat.NotebookNode:
         cell.metadata["mystnb"] = {"image": {"alt": text}}
     heading, _, rest = nb.cells[0].source.partition("\n")
     nb.cells[0].source = f"{heading}\n\n{run_it(root, stem)}\n{rest}"
+    nb.cells = folded(nb.cells)
     return nb
+
+
+def folded(cells: list) -> list:
+    "The cells of a notebook with those sections folded that are for some readers only; their headings stay addresses."
+    begins, ends = {fold.first: fold.title for fold in folds(cells)}, {fold.last for fold in folds(cells)}
+    shown = []
+    for i, cell in enumerate(cells):
+        if title := begins.get(i):
+            rest = cell.source.partition("\n")[2]
+            cell.source = (
+                f'<details class="fold"><summary id="{make_id(title)}">{escape(title)}</summary>\n\n{rest}'
+            )
+        shown += [cell, *([nbformat.v4.new_markdown_cell("</details>")] if i in ends else [])]
+    return shown
 
 
 def title(nb) -> str:

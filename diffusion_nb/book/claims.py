@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Evidence(NamedTuple):
-    "What a check found: its kind, whether it holds, the numbers behind that; and the number that decides, with the range it must lie in."
+    "What a check found: its kind, whether it holds, the numbers behind that; the number that decides, with the range it must lie in; and what a stochastic check can see."
 
     kind: str
     holds: bool
@@ -19,6 +19,7 @@ class Evidence(NamedTuple):
     got: float = math.nan
     low: float = -math.inf
     high: float = math.inf
+    sees: str = ""
 
 
 class ClaimError(AssertionError):
@@ -47,14 +48,14 @@ def oracle(got, want, tol: float = 1e-9) -> Evidence:
 
 
 def within(got: float, low: float = -math.inf, high: float = math.inf) -> Evidence:
-    "A number computed from closed forms lies in [low, high]."
+    "A number computed from closed forms lies in [low, high], up to rounding."
     said = f"got {got:.6g}, claimed in [{low:.6g}, {high:.6g}]"
-    return Evidence("oracle", bool(low <= got <= high), said, float(got), float(low), float(high))
+    return Evidence("bound", bool(low <= got <= high), said, float(got), float(low), float(high))
 
 
-def statistic(got: float, low: float = -math.inf, high: float = math.inf) -> Evidence:
-    "A statistic of random samples lies in [low, high], a range that a correct program leaves almost never."
-    return within(got, low, high)._replace(kind="Monte Carlo")
+def statistic(got: float, low: float = -math.inf, high: float = math.inf, *, sees: str = "") -> Evidence:
+    "A statistic of random samples lies in [low, high], a range that a correct program leaves almost never. sees: a small error that it notices, as it was tried."
+    return within(got, low, high)._replace(kind="Monte Carlo", sees=sees)
 
 
 def limit(got, want, tol: float = 1e-9) -> Evidence:
@@ -63,7 +64,7 @@ def limit(got, want, tol: float = 1e-9) -> Evidence:
 
 
 def monte_carlo(samples: Float[Tensor, "n *d"], want, k: float = 5) -> Evidence:
-    "The mean over the first axis is within k standard errors of `want`, in every entry. k = 5 errs once in 1.7 million."
+    "The mean over the first axis is within k standard errors of `want`, in every entry. It sees an error of twice that nearly always."
     samples = samples.double()
     n = len(samples)
     if n < 100:
@@ -73,11 +74,11 @@ def monte_carlo(samples: Float[Tensor, "n *d"], want, k: float = 5) -> Evidence:
         raise ValueError(
             f"want: expected one number, or the shape of a sample, {tuple(samples.shape[1:])}; got {tuple(want.shape)}"
         )
-    error = (samples.mean(0) - want).abs()
-    z = (error / (samples.std(0) / n**0.5).clamp_min(1e-300)).amax().item()
-    return Evidence(
-        "Monte Carlo", z <= k, f"{z:.2f} standard errors from the claimed mean, n = {n}, allowed {k:g}", z, high=k
-    )
+    error, unit = (samples.mean(0) - want).abs(), samples.std(0) / n**0.5
+    z = (error / unit.clamp_min(1e-300)).amax().item()
+    said = f"{z:.2f} standard errors from the claimed mean, n = {n}, allowed {k:g}"
+    sees = f"n = {n}; standard error {unit.amax():.1g}; sees {2 * k * unit.amax():.1g}"
+    return Evidence("Monte Carlo", z <= k, said, z, high=k, sees=sees)
 
 
 def experiment(got: float, low: float = -math.inf, high: float = math.inf) -> Evidence:
@@ -88,7 +89,7 @@ def experiment(got: float, low: float = -math.inf, high: float = math.inf) -> Ev
 def claim(id: str, *evidence: Evidence, says: str) -> None:
     """State row `id` of claims.toml: prints one line if all the evidence holds, raises ClaimError otherwise.
 
-    The line holds no number that could differ between machines, so a stored output can be compared with a fresh one.
+    The line holds no number that could differ much between machines, so a stored output can be compared with a fresh one.
     By how much the evidence holds goes to the file that DIFFUSION_NB_MARGINS names, if it is set: a JSON line each.
     """
     if not evidence:
@@ -102,7 +103,17 @@ def claim(id: str, *evidence: Evidence, says: str) -> None:
     for e in evidence:
         if not e.holds:
             raise ClaimError(f"{id} ({says}) does not hold, {e.kind}: {e.detail}")
-    print(f"✓ {id} {says} · {', '.join(dict.fromkeys(e.kind for e in evidence))}")
+    print(f"✓ {id} {says} · {', '.join(map(_kind_and_power, *_by_kind(evidence)))}")
+
+
+def _by_kind(evidence: tuple[Evidence, ...]) -> tuple[list[str], list[list[str]]]:
+    "The kinds of evidence, and for each what the stochastic checks can see."
+    kinds = list(dict.fromkeys(e.kind for e in evidence))
+    return kinds, [list(dict.fromkeys(e.sees for e in evidence if e.kind == kind and e.sees)) for kind in kinds]
+
+
+def _kind_and_power(kind: str, sees: list[str]) -> str:
+    return f"{kind} ({' | '.join(sees)})" if sees else kind
 
 
 def erratum(id: str, *, printed: Evidence, right: Evidence, where: str, prints: str, holds: str) -> None:

@@ -43,7 +43,7 @@ def shown(cells: list[dict], mark: str, function: str) -> list[tuple[str, Claim]
     "(id, what is shown) for each line `mark id says · kinds` in a cell that calls `function` with that id."
     line = re.compile(rf"^{mark} (\S+) (.+) · (.+)$", re.MULTILINE)
     return [
-        (id, Claim(heading, says, kinds.split(", ")))
+        (id, Claim(heading, says, re.sub(r" \([^()]*(?:\([^()]*\)[^()]*)*\)", "", kinds).split(", ")))
         for heading, source, printed in headings(cells)
         for id, says, kinds in line.findall(printed)
         if re.search(rf"\b{function}\(\s*['\"]{re.escape(id)}['\"]", source)
@@ -103,7 +103,7 @@ def documented(package: Path) -> list[tuple[str, str]]:
     ]
 
 
-STRENGTH = ["symbolic", "oracle", "limit", "Monte Carlo", "experiment"]
+STRENGTH = ["symbolic", "oracle", "bound", "limit", "Monte Carlo", "experiment"]
 
 
 class Row(NamedTuple):
@@ -127,9 +127,8 @@ class Row(NamedTuple):
 
     @property
     def missing(self) -> list[str]:
-        "The kinds of evidence asked for and met by nothing as strong."
-        best = min(map(STRENGTH.index, self.kinds), default=len(STRENGTH))
-        met = {*STRENGTH[best:], *(["picture"] if self.claim and self.pictures else [])}
+        "The kinds of evidence asked for and not shown."
+        met = {*self.kinds, *(["picture"] if self.claim and self.pictures else [])}
         return [kind for kind in self.checks if kind not in met]
 
 

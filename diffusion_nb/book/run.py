@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
+from diffusion_nb.book.folds import TEMPLATE, mark_folds
 from diffusion_nb.book.pictures import with_alt_texts
 from diffusion_nb.util.allocator import VARIABLES
 from diffusion_nb.util.storage import PACKAGE, shipped, write_atomically
@@ -208,7 +209,10 @@ def web_page(nb) -> str:
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\$\$(.+?)\$\$|\$([^$]+?)\$", formula, cell.source, flags=re.DOTALL)
-    return with_alt_texts(HTMLExporter(mathjax_url="", require_js_url="").from_notebook_node(nb)[0], nb.cells)
+    cells = copy.deepcopy(nb.cells)
+    mark_folds(nb)
+    exporter = HTMLExporter(raw_template=TEMPLATE, mathjax_url="", require_js_url="")
+    return with_alt_texts(exporter.from_notebook_node(nb)[0], cells)
 
 
 def title(path: Path) -> str:
