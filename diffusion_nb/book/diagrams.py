@@ -3,6 +3,8 @@
 import matplotlib.pyplot as plt
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.patches import FancyBboxPatch
 from torch import Tensor
 
 # Okabe and Ito's colours
@@ -23,27 +25,30 @@ def canvas(width: float, height: float, scale: float = 1.0) -> Axes:
     return ax
 
 
+def pale(colour: str) -> tuple[float, float, float]:
+    "The colour mixed with four parts of white."
+    return tuple(0.8 + 0.2 * c for c in to_rgb(colour))
+
+
 def box(ax: Axes, at: Point, text: str, width: float = 1.6, height: float = 0.7, colour: str = SKY, size: float = 10) -> Point:  # fmt: skip
     "Its centre: a box with rounded corners and text in it."
     x, y = at[0] - width / 2, at[1] - height / 2
     style = f"round,pad=0,rounding_size={min(0.12, height / 3)}"
-    from matplotlib.patches import FancyBboxPatch
-
-    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=colour + "33", edgecolor=colour, linewidth=1.5))  # fmt: skip
+    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=pale(colour), edgecolor=colour, linewidth=1.5, zorder=2))  # fmt: skip
     ax.text(*at, text, ha="center", va="center", fontsize=size)
     return at
 
 
 def circle(ax: Axes, at: Point, text: str, radius: float = 0.35, colour: str = SKY, size: float = 11) -> Point:
     "Its centre: a node of a graphical model."
-    ax.add_patch(plt.Circle(at, radius, facecolor=colour + "33", edgecolor=colour, linewidth=1.5))
+    ax.add_patch(plt.Circle(at, radius, facecolor=pale(colour), edgecolor=colour, linewidth=1.5, zorder=2))
     ax.text(*at, text, ha="center", va="center", fontsize=size)
     return at
 
 
 def arrow(ax: Axes, start: Point, end: Point, text: str = "", bend: float = 0.0, colour: str = BLACK, dashed: bool = False, above: float = 0.14, size: float = 9) -> None:  # fmt: skip
     "An arrow with a label beside its middle; bend: how far it curves to the left."
-    look = dict(arrowstyle="-|>", color=colour, lw=1.4, linestyle="--" if dashed else "-", shrinkA=0, shrinkB=0, mutation_scale=12, connectionstyle=f"arc3,rad={-bend}")  # fmt: skip
+    look = dict(arrowstyle="-|>", color=colour, lw=1.4, linestyle="--" if dashed else "-", shrinkA=0, shrinkB=0, mutation_scale=12, zorder=1, connectionstyle=f"arc3,rad={-bend}")  # fmt: skip
     ax.annotate("", end, start, arrowprops=look)
     dx, dy = end[0] - start[0], end[1] - start[1]
     length = (dx**2 + dy**2) ** 0.5
