@@ -19,6 +19,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 from diffusion_nb.book.folds import folds
+from diffusion_nb.book.ledger import ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
@@ -284,3 +285,69 @@ def test_what_pages_fold_is_folded_in_jupyterlab(stem):
     hidden = {i for i, c in enumerate(cells) if c.metadata.get("jupyter") == {"source_hidden": True}}
     tagged = {i for i, c in enumerate(cells) if "hide-input" in c.metadata.get("tags", [])}
     assert hidden == tagged, f"{stem}: the tag hide-input goes with source_hidden, cells {hidden ^ tagged}"
+
+
+# the shape of a notebook
+
+CHAPTERS = [stem for stem in NOTEBOOKS if stem[:2].isdigit() and stem != "00_begin"]
+REFERENCE = re.compile(r"- \[([^\]]+ \(\d{4}\): [^\]]+)\]\((https?://[^)\s]+)\)")
+
+
+def prose(stem: str) -> list[str]:
+    return [cell.source for cell in NOTEBOOKS[stem].cells if cell.cell_type == "markdown"]
+
+
+def references(stem: str) -> dict[str, str]:
+    "{address: who, when and what} in the list at the end of a notebook; the list may hold nothing else."
+    found = [text for text in prose(stem) if re.match(r"## (References|6\. Bibliography)\n", text)]
+    assert len(found) == 1, f"{stem}: expected one list of references at its end"
+    lines = found[0].splitlines()[1:]
+    odd = [line for line in lines if line.strip() and not REFERENCE.fullmatch(line)]
+    assert not odd, f"{stem}: expected '- [Authors (year): Title](address)', got {odd[0]!r}"
+    return {address: title for title, address in (REFERENCE.fullmatch(line).groups() for line in lines if line)}
+
+
+@pytest.mark.parametrize("stem", CHAPTERS)
+def test_a_chapter_says_what_it_needs_and_cites_what_it_uses(stem):
+    first = prose(stem)[0]
+    assert all(word in first for word in ("**You need**", "**Time**", "**Afterwards you can**")), (
+        f"{stem}: its first cell"
+    )
+    listed, bibliography = references(stem), references("00_begin")
+    other = {a: t for a, t in listed.items() if bibliography.get(a) != t}
+    assert listed and not other, f"{stem}: not so in the bibliography of 00_begin: {other}"
+    papers = {
+        a for text in prose(stem) for a in re.findall(r"\]\((https://(?:arxiv\.org/abs|doi\.org)/[^)\s]+)\)", text)
+    }
+    assert papers <= listed.keys(), f"{stem}: cited, but not in its references: {papers - listed.keys()}"
+
+
+@pytest.mark.parametrize("stem", CHAPTERS)
+def test_a_chapter_has_a_diagram_and_a_solution_for_each_exercise(stem):
+    drawn = [c for c in NOTEBOOKS[stem].cells if "hide-input" in c.metadata.get("tags", []) and c.outputs]
+    assert drawn, f"{stem}: no diagram"
+    exercises = [text for text in prose(stem) if text.startswith("## Exercises")]
+    assert len(exercises) == 1, f"{stem}: expected one list of exercises"
+    asked = re.findall(r"^(\d+)\. ", exercises[0], re.MULTILINE)
+    solved = re.findall(r"^### Solution (\d+)", "\n".join(prose(stem)), re.MULTILINE)
+    assert asked == solved == [str(k + 1) for k in range(len(asked))] and len(asked) >= 2, (
+        f"{stem}: {asked}, {solved}"
+    )
+
+
+@pytest.mark.parametrize("stem", CHAPTERS)
+def test_a_chapter_is_no_longer_than_it_must_be(stem):
+    cells = NOTEBOOKS[stem].cells
+    folded = {i for fold in folds(cells) for i in range(fold.first, fold.last + 1)}
+    words = sum(
+        len(c.source.split()) for i, c in enumerate(cells) if c.cell_type == "markdown" and i not in folded
+    )
+    assert words <= 2200, f"{stem}: {words} words outside the boxes"
+
+
+def test_what_is_asked_for_is_what_is_shown():
+    "The kinds of evidence in claims.toml are those of the claims in the book."
+    for row in ledger(ROOT):
+        if row.claim:
+            asked = [kind for kind in row.checks if kind != "picture"]
+            assert asked == row.kinds, f"{row.id}: claims.toml says {asked}, {row.notebook} shows {row.kinds}"
