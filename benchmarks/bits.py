@@ -1,4 +1,4 @@
-"""Bits a pixel of 256 held-out digits with the model that comes with the book: a chain of 1000 steps, and how long it takes.
+"""Bits per pixel of 256 held-out digits with the model that comes with the book: a chain of 1000 steps, and how long it takes.
 
 Run: python benchmarks/bits.py   (writes benchmarks/results/bits.json)
 """

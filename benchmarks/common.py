@@ -81,7 +81,7 @@ def peak_memory(device, before, run):
 
 
 def peaks(device, dtype, n):
-    """Operations a second in a product of two n×n matrices and in a 3×3 convolution of n/8 channels, each the best of ten rounds.
+    """Operations per second in a product of two n×n matrices and in a 3×3 convolution of n/8 channels, each the best of ten rounds.
 
     A network cannot go beyond the larger. On some CPUs it is the convolution, since PyTorch takes the two from different libraries.
     """

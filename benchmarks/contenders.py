@@ -134,7 +134,7 @@ def denoiser_of(net):
 
 
 def operations(net, size, backward=False):
-    "Operations a picture, counted without computing anything."
+    "Operations per picture, counted without computing anything."
     net = copy.deepcopy(net).to("meta")
     x, t = torch.zeros(1, 3, size, size, device="meta"), torch.zeros(1, device="meta")
 

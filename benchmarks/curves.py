@@ -1,4 +1,4 @@
-"""Scaling curves: pictures a second in training, and in sampling with DDIM, against the batch, the height of the pictures, and the number of steps.
+"""Scaling curves: pictures per second in training, and in sampling with DDIM, against the batch, the height of the pictures, and the number of steps.
 
 Run: python benchmarks/curves.py           (a CPU: float32; a GPU: bfloat16, channels last; writes results/curves-….json and draws curves-….png)
      python benchmarks/curves.py --draw    (draws the picture again, from the JSON)
@@ -30,7 +30,7 @@ COLOURS = ("#c44e52", "#4c72b0", "#8a8a8a")
 
 
 def rates(makes, pictures, args):
-    "Contender → pictures a second, or None where the memory is too small."
+    "Contender → pictures per second, or None where the memory is too small."
     turns = {}
     for name, make in makes.items():
         try:
@@ -68,7 +68,7 @@ def sampling(s, nets, args, steps=5):
 
 
 def curve(what, xs, points):
-    "{contender: its pictures a second at each x}"
+    "{contender: its pictures per second at each x}"
     rows = {}
     for x in xs:
         for name, rate in points(x).items():

@@ -1,4 +1,4 @@
-"""50,000 pictures of 32×32 with the CIFAR-10 U-Net, in pictures a second: DDPM with 1000 steps, DDIM with 50 and 20, DPM-Solver++ with 10, and the
+"""50,000 pictures of 32×32 with the CIFAR-10 U-Net, in pictures per second: DDPM with 1000 steps, DDIM with 50 and 20, DPM-Solver++ with 10, and the
 one step of a consistency model or of a distilled student.
 
 Run: python benchmarks/fifty_thousand.py                  (a GPU: bfloat16, compiled, channels last; writes results/fifty_thousand-cuda.json)

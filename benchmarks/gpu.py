@@ -1,6 +1,6 @@
 """How fast a GPU trains and draws with the 35.7 M U-Net of CIFAR-10, this library alone: what needs no other library to be there.
 
-Run: python benchmarks/gpu.py train     (pictures a second, share of the device's measured peak and peak memory: bfloat16, channels last, compiled)
+Run: python benchmarks/gpu.py train     (pictures per second, share of the device's measured peak and peak memory: bfloat16, channels last, compiled)
      python benchmarks/gpu.py sample    (the same of DDIM in 50 steps, with Fast: bfloat16, CUDA graphs)
      python benchmarks/gpu.py fast      (a guess, by Fast and by the plain denoiser, for few pictures and for many; how far the guesses differ)
 
@@ -36,7 +36,7 @@ def model(args):
 
 
 def work(args, backward):
-    "Operations a picture, of the network, counted without computing anything."
+    "Operations per picture, of the network, counted without computing anything."
     net = UNet(width=args.width).to("meta")
     x, t = torch.zeros(1, *SHAPE, device="meta"), torch.zeros(1, device="meta")
 
@@ -62,7 +62,7 @@ def rated(args, pictures, turn, operations, peak):
 
 
 def measured_peak(args):
-    "The most operations a second that a product or a convolution reaches here."
+    "The most operations per second that a product or a convolution reaches here."
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     return max(peaks(args.device, dtype, 8192 if args.device == "cuda" else 1024).values())
 

@@ -1,4 +1,4 @@
-"""Sampling with DDIM in 50 steps and the 35.7 M U-Net of CIFAR-10: pictures a second, operations a second, share of the device's measured peak, and
+"""Sampling with DDIM in 50 steps and the 35.7 M U-Net of CIFAR-10: pictures per second, operations per second, share of the device's measured peak, and
 peak memory, of this library's ddim, diffusers' DDIMPipeline, and lucidrains' ddim_sample (with the width of its README, and with ours).
 
 Run: python benchmarks/sample.py       (a GPU: bfloat16, compiled, channels last, batch 512; writes results/sample-cuda.json)

@@ -1,4 +1,4 @@
-"""Training with the 35.7 M U-Net of CIFAR-10: pictures a second, operations a second, share of the device's measured peak, and peak memory, of this
+"""Training with the 35.7 M U-Net of CIFAR-10: pictures per second, operations per second, share of the device's measured peak, and peak memory, of this
 library's Trainer, diffusers, and lucidrains' library (with the width of its README, and with ours).
 
 Run: python benchmarks/train.py       (a GPU: bfloat16, compiled, channels last, batch 256; writes results/train-cuda.json)

@@ -32,7 +32,7 @@ def chosen(names: list[str], folder: Path) -> list[Path]:
 
 
 def how_many() -> int:
-    "Notebooks at a time: one a core, fewer where memory is short."
+    "Notebooks at a time: one per core, fewer where memory is short."
     import psutil
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

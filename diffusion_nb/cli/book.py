@@ -22,7 +22,7 @@ class Run:
     out: str | None = None
     "Folder to write, if not _book beside it."
     jobs: int | None = None
-    "Notebooks at a time, if not one a core, and fewer where memory is short."
+    "Notebooks at a time, if not one per core, and fewer where memory is short."
     fresh: bool = False
     "Run all of them, also those that an interrupted run has finished."
     profile: Literal["cpu", "gpu"] | None = None

@@ -221,7 +221,7 @@ class BitsOptions:
 
 
 def bits(args: BitsOptions) -> int:
-    "Bits a coordinate of held-out pictures by the variational bound, with its terms and error, as a JSON record."
+    "Bits per dimension of held-out pictures by the variational bound, with its terms and error, as a JSON record."
     import torch
 
     from diffusion_nb.data import data_set

@@ -26,7 +26,7 @@ class Train:
     steps: int | None = None
     "Training steps, if not the recipe's."
     batch: int | None = None
-    "Pictures a step, if not the recipe's."
+    "Pictures per step, if not the recipe's."
     lr: float | None = None
     "Peak learning rate, if not the recipe's."
     width: int | None = None

@@ -114,7 +114,7 @@ def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[T
     out: a .safetensors file (float32: pictures, seeds, labels), an .npz file (bytes: arr_0 (n, h, w, c), seeds, labels) or a folder (a PNG a picture).
     Beside it: out.parts, the finished chunks, until all are there; then out.json, the record.
     sampler: called as sampler(denoiser, x, ts, noise=noise, **cond), from sigma(ts[0]) times noise. shape: of one picture.
-    cond: seeds (b,) ↦ {name: tensor, one row a seed}, or tensors with one row a picture. Integers `y` (b,) are kept as labels.
+    cond: seeds (b,) ↦ {name: tensor, one row per seed}, or tensors with one row per picture. Integers `y` (b,) are kept as labels.
     chunk: pictures at a time; by default what the run began with, or the largest that fits. With one chunk size all pictures are the same bit for bit
     however often the run was stopped and however many processes there were; with another, to rounding.
     rank, world: this process draws the chunks rank, rank + world, …; from torch.distributed if it is initialised, where rank 0 then puts the parts

@@ -78,7 +78,7 @@ def check_rows(cond: dict[str, Tensor], n: int) -> None:
 
 
 def conditions(cond: Callable | dict[str, Tensor], n: int, first: int) -> Callable[[Tensor], dict[str, Tensor]]:
-    "Numbers of pictures (b,), from 0 ↦ what the denoiser is told. Raises ValueError where a tensor has not one row a picture."
+    "Numbers of pictures (b,), from 0 ↦ what the denoiser is told. Raises ValueError where a tensor has not one row per picture."
     if not callable(cond):
         check_rows(cond, n)
 

@@ -22,7 +22,7 @@ class Code(NamedTuple):
         return self.mean + (self.log_var / 2).exp() * noise
 
     def kl(self) -> Float[Tensor, " b"]:
-        "The divergence from a standard normal distribution, in nats, one number a picture."
+        "The divergence from a standard normal distribution, in nats, one number per picture."
         return 0.5 * (self.mean.square() + self.log_var.exp() - 1 - self.log_var).flatten(1).sum(1)
 
 

@@ -32,7 +32,7 @@ def edm_augment(
     """(the pictures augmented, {"augment": nine numbers each that tell a `SongUNet` how}), for a Trainer's `augment`. (Karras et al. 2022, table 6)
 
     Every second picture is mirrored; and with probability p each: turned upside down, scaled, rotated, stretched along some axis, moved. u: uniform numbers,
-    one a picture, from which all that is random follows. Their program smooths before it resamples, this one does not.
+    one per picture, from which all that is random follows. Their program smooths before it resamples, this one does not.
     """
     z = Noise((u * 2**53).long(), (14,), x.device)(0)
     uniform, take = torch.special.ndtr(z[:, 5:]), lambda i, v: torch.where(uniform[:, i] < p, v, 0.0)

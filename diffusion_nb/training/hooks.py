@@ -29,7 +29,7 @@ def has_read(trainer: Trainer) -> bool:
 
 
 def numbers(trainer: Trainer) -> dict[str, float]:
-    "What a reading tells: step, loss (mean since the reading before), learning rate, pictures a second, GiB of this GPU at most, steps left out."
+    "What a reading tells: step, loss (mean since the reading before), learning rate, pictures per second, GiB of this GPU at most, steps left out."
     step, loss = trainer.losses[-1]
     row = dict(step=step, loss=loss, lr=trainer.lr(step - 1), pictures_per_second=trainer.speed)
     if trainer.device.type == "cuda":
@@ -212,7 +212,7 @@ def training_flops(trainer: Trainer) -> float:
 
 
 class Throughput:
-    "A hook that says at the end how fast it went: pictures a second (the median reading), operations a picture, and with `peak` (as `matrix_peak` gives it, of one device) the share of it that was used."
+    "A hook that says at the end how fast it went: pictures per second (the median reading), operations per picture, and with `peak` (as `matrix_peak` gives it, of one device) the share of it that was used."
 
     def __init__(self, peak: float | None = None):
         self.peak, self.speeds = peak, []

@@ -46,11 +46,11 @@ class Trainer:
     ----------
     denoiser: trained in place. x0: the data, (n, …), finite; bytes stand for [-1, 1]. Or a map-style data set larger than memory, whose items are pictures,
     (picture, label) or (picture, {name: condition}), read ahead by `workers` processes.
-    steps, batch, lr: how many steps, pictures a step, and k ↦ learning rate (such as `warmup_cosine(3e-3, 100, steps)`).
+    steps, batch, lr: how many steps, pictures per step, and k ↦ learning rate (such as `warmup_cosine(3e-3, 100, steps)`).
     cond: what belongs to each picture, e.g. {"y": labels}. null: what stands for "any" in place of y, or {name: that} for several conditions; each
     picture's are replaced by it with probability `cond_dropout`, all at once, or each by itself with `apart`.
     time_sampler: (u, step) ↦ t (`continuous_times`, `chain_times(T)`); if a module, its buffers are kept in the checkpoint, and its `update()`, if it has one, is called after each step.
-    loss: as `denoising_loss`, one number a sample. augment: (pictures, uniform numbers (b,)) ↦ pictures, such as `flip_half`, or (pictures, conditions that tell how), such as `edm_augment`; conditions that are pictures are changed alike.
+    loss: as `denoising_loss`, one number per sample. augment: (pictures, uniform numbers (b,)) ↦ pictures, such as `flip_half`, or (pictures, conditions that tell how), such as `edm_augment`; conditions that are pictures are changed alike.
     ema: the decay of the averaged weights, with a short memory at first, or a function step ↦ decay. clip: the largest gradient norm. betas: of AdamW. seed: of everything. device: the GPU if there is one. bf16: autocast. compile: torch.compile the network.
     checkpoint: a file, written every `save_every` steps and at the end, the `keep_checkpoints` last ones beside it as FILE.1, …; training goes on from the newest that is whole.
     accumulate: a step's pictures are done in so many parts, one after the other. log_every: how many steps between looks at the loss. skip: leave out, and count, the steps whose gradient is not finite. hooks: called with the trainer after each step; the buffers of one that is a module are kept in the checkpoint.

@@ -27,7 +27,7 @@ def check_device(device: torch.device) -> None:
 
 
 def expand_as(a: Tensor, x: Tensor) -> Tensor:
-    "`a`, one number or one number a sample, in the dtype of `x` and shaped to multiply it: (B,) becomes (B, 1, …, 1)."
+    "`a`, one number or one number per sample, in the dtype of `x` and shaped to multiply it: (B,) becomes (B, 1, …, 1)."
     return a.to(x.dtype).reshape(a.shape + (1,) * (x.ndim - 1)) if a.ndim else a.to(x.dtype)
 
 
@@ -152,7 +152,7 @@ def check_samples(**sets: Tensor) -> None:
 
 
 def check_batch(x: Tensor, t: Tensor, **others: Tensor) -> None:
-    "Raise ValueError unless x is floating-point, the others are shaped like it, and t is one time, or one a sample."
+    "Raise ValueError unless x is floating-point, the others are shaped like it, and t is one time, or one per sample."
     if not x.is_floating_point():
         raise ValueError(f"expected pictures as floating-point numbers, [-1, 1] for black to white; got {x.dtype}")
     for name, other in others.items():

@@ -42,7 +42,7 @@ def flops(call: Callable[[], object]) -> int:
 
 
 def matrix_peak(device=None, dtype: torch.dtype = torch.float32, n: int = 0, seconds: float = 0.2) -> float:
-    "Operations a second of this device in a product of two n×n matrices (8192 on a GPU, 1024 on a CPU), the best of many: what a network could reach at most."
+    "Operations per second of this device in a product of two n×n matrices (8192 on a GPU, 1024 on a CPU), the best of many: what a network could reach at most."
     device = torch.device(device) if device else default_device()
     n = n or (8192 if device.type == "cuda" else 1024)
     made = torch.Generator().manual_seed(0)  # the global one is left alone
