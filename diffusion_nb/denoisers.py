@@ -62,7 +62,7 @@ def predict_score(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     "(c_skip, c_out) for a network that predicts the score, -eps / sigma; not where alpha = 0."
     return 1 / alpha, sigma**2 / alpha
 
-
+# %% ../nbs/04_denoiser.ipynb #04edm001
 def predict_edm(sigma_data: float = 0.5) -> Callable:
     """The row of EDM for data of this standard deviation: (alpha, sigma) ↦ (c_skip, c_out). (Karras et al. 2022, table 1)
 
