@@ -56,21 +56,15 @@ def as_bytes(x: Float[Tensor, "*any"]) -> Tensor:
 
 
 def animate(
-    frames: Sequence[Float[Tensor, "n c h w"]],
-    columns: int = 0,
-    scale: int = 6,
-    milliseconds: int = 80,
-    colours: int = 256,
+    frames: Sequence[Float[Tensor, "n c h w"]], columns: int = 0, scale: int = 6, milliseconds: int = 80
 ) -> bytes:
-    "An animated GIF, one grid of pictures per frame, with at most so many colours in each; show it with IPython.display.Image(data=…)."
+    "An animated GIF, one grid of pictures a frame; show it with IPython.display.Image(data=…)."
     import io
 
     from PIL import Image
 
     images = [Image.fromarray(picture_grid(f, columns).expand(-1, -1, 3).numpy()) for f in frames]
     images = [im.resize((im.width * scale, im.height * scale), Image.Resampling.NEAREST) for im in images]
-    if colours < 256:
-        images = [im.quantize(colours, dither=Image.Dither.NONE) for im in images]
     out = io.BytesIO()
     images[0].save(out, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
     return out.getvalue()
