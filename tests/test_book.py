@@ -23,7 +23,7 @@ from diffusion_nb.book.folds import folds
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
 CLAIMS = tomllib.loads((ROOT / "claims.toml").read_text())["claim"]
-KINDS = {"symbolic", "oracle", "limit", "Monte Carlo", "experiment", "picture"}
+KINDS = {"symbolic", "oracle", "bound", "limit", "Monte Carlo", "experiment", "picture"}
 
 SHOWS = {"print", "claim", "erratum", "show", "display"}
 EVAL_FALSE = re.compile(r"^#\s*\|\s*eval\s*:\s*false\s*$", re.MULTILINE | re.IGNORECASE)
