@@ -119,13 +119,6 @@ def test_artifact_is_made_once(maker, project, capsys):
     assert capsys.readouterr().out == "making a (there is none yet)\n"
     again, card_again = artifact("a", maker.make, {"size": 3})
     assert capsys.readouterr().out == ""
-
-
-def test_a_claim_says_what_its_stochastic_checks_can_see(capsys):
-    spread = torch.arange(200.0) % 2  # mean ½, standard deviation ½, standard error 0.035
-    claim("X-1", claims.monte_carlo(spread, 0.5), claims.statistic(1.0, -5, 5, sees="2 % too much"), claims.oracle(1.0, 1.0), says="so")  # fmt: skip
-    said = "Monte Carlo (n = 200; standard error 0.04; sees 0.4 | 2 % too much), oracle"
-    assert capsys.readouterr().out == f"✓ X-1 so · {said}\n"
     assert maker.made == [3] and card == card_again
     assert tensors["w"].tolist() == again["w"].tolist() == [0, 1, 2] and not again["w"].requires_grad
     assert (card["name"], card["recipe"], card["metrics"]) == ("a", {"size": 3}, {"score": 0.5})
@@ -487,3 +480,10 @@ def test_claim(capsys):
     with pytest.raises(ValueError, match="nothing was given"):
         claim("X-1", says="anything")
     assert capsys.readouterr().out == ""
+
+
+def test_a_claim_says_what_its_stochastic_checks_can_see(capsys):
+    spread = torch.arange(200.0) % 2  # mean ½, standard deviation ½, standard error 0.035
+    claim("X-1", claims.monte_carlo(spread, 0.5), claims.statistic(1.0, -5, 5, sees="2 % too much"), claims.oracle(1.0, 1.0), says="so")  # fmt: skip
+    said = "Monte Carlo (n = 200; standard error 0.04; sees 0.4 | 2 % too much), oracle"
+    assert capsys.readouterr().out == f"✓ X-1 so · {said}\n"
