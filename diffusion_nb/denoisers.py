@@ -217,10 +217,6 @@ class VEView(Denoiser):
         pred = self.denoiser(alpha * x_t, t, **cond)
         return pred._replace(x_t=x_t, alpha=torch.ones_like(alpha), sigma=sigma / alpha)
 
-# %% ../nbs/16_targets.ipynb #16b00002
-import torch
-from torch import Tensor
-
 # %% ../nbs/16_targets.ipynb #6809f894
 class X0EpsDenoiser(Denoiser):
     """sigma² x̂ + alpha (x_t - sigma ε̂): the prediction of a network with two outputs, x̂ as `x0` and ε̂ as `extra`; variance preserving. (VDM-both)

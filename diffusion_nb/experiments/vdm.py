@@ -124,7 +124,9 @@ CAPS = {"x, min(SNR, 100)": 100.0, "x, min(SNR, 5)": 5.0}  # the data end counts
 NOISE_END = 0.95  # of the time: the cosine schedule stops at a log SNR of -5.1 instead of -20
 
 
-def trained_goal(r: TargetsRecipe, goal: str, weight: Callable, seed: int, end: float = 1.0) -> tuple[list, Tensor]:
+def trained_goal(
+    r: TargetsRecipe, goal: str, weight: Callable, seed: int, end: float = 1.0
+) -> tuple[list, Tensor]:
     "`goal_numbers` of a network trained by [targets] with this weight, on the cosine schedule up to time `end`."
     data, denoiser = digits(), goal_denoiser(r, goal, seed)
     if end < 1:
