@@ -62,7 +62,7 @@ def predict_score(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     "(c_skip, c_out) for a network that predicts the score, -eps / sigma; not where alpha = 0."
     return 1 / alpha, sigma**2 / alpha
 
-
+# %% ../nbs/04_denoiser.ipynb #04edm001
 def predict_edm(sigma_data: float = 0.5) -> Callable:
     """The row of EDM for data of this standard deviation: (alpha, sigma) ↦ (c_skip, c_out). (Karras et al. 2022, table 1)
 
@@ -117,7 +117,7 @@ def scaled_time(t: Tensor) -> Tensor:
 
 
 def step_index(T: int = 1000) -> Callable[[Tensor], Tensor]:
-    "t ↦ T t - 1: the chain's steps counted from 0, as the networks of DDPM, improved DDPM and ADM were told them; a `c_noise`. (DDPM-A1)"
+    "t ↦ T t - 1: the chain's steps counted from 0, as the networks of DDPM, improved DDPM and ADM ([Dhariwal and Nichol 2021](https://arxiv.org/abs/2105.05233)) were trained with; a `c_noise`. (DDPM-A1)"
     return lambda t: T * t - 1
 
 

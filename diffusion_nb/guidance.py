@@ -132,7 +132,7 @@ def check_not_null(y: Tensor, null: Tensor) -> None:
 
 
 class CFG(Denoiser):
-    """Classifier-free guidance, (w+1) ε̂(x_t, y) - w ε̂(x_t, null), in one call for both. (SUR-cfg; Ho and Salimans 2021, eq. 6)
+    """Classifier-free guidance, (w+1) ε̂(x_t, y) - w ε̂(x_t, null), in one call for both. (SUR-cfg; Ho and Salimans 2022, eq. 6)
 
     Parameters
     ----------

@@ -40,13 +40,13 @@ from .forward import Step
 
 # %% ../nbs/14_iddpm.ipynb #aff0eee4
 def learned_variance(pred: Prediction, step: Step) -> Tensor:
-    """exp(frac log β + (1 - frac) log β̃), with frac = (pred.aux + 1) / 2 as the network says it. (SUR-lv; Nichol and Dhariwal 2021, eq. 15)
+    """exp(frac log β + (1 - frac) log β̃), with frac = (pred.extra + 1) / 2 as the network says it. (SUR-lv; Nichol and Dhariwal 2021, eq. 15)
 
     frac is not held within [0, 1]. At the last step of a chain, the decoder, β̃ is that of the step before. Raises ValueError where the network says nothing.
     """
     if pred.extra is None:
         raise ValueError(
-            "learned: this denoiser says nothing about the variance (pred.aux is None); expected a network with twice "
+            "learned: this denoiser says nothing about the variance (pred.extra is None); expected a network with twice "
             "the channels of the picture, such as UNet(1, channels_out=2)"
         )
     frac = (pred.extra + 1) / 2

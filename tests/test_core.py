@@ -473,10 +473,17 @@ def test_symbolic():
 def test_claim(capsys):
     good, bad = claims.within(1.0, 0, 2), claims.oracle(1.0, 2.0)
     claim("X-1", good, claims.oracle(1.0, 1.0), claims.limit(1.0, 1.0), says="one is one")
-    assert capsys.readouterr().out == "✓ X-1 one is one · oracle, limit\n"
+    assert capsys.readouterr().out == "✓ X-1 one is one · bound, oracle, limit\n"
     for evidence in ([bad], [good, bad], [bad, good]):
         with pytest.raises(claims.ClaimError, match=re.escape("X-1 (one is two) does not hold, oracle: ")):
             claim("X-1", *evidence, says="one is two")
     with pytest.raises(ValueError, match="nothing was given"):
         claim("X-1", says="anything")
     assert capsys.readouterr().out == ""
+
+
+def test_a_claim_says_what_its_stochastic_checks_can_see(capsys):
+    spread = torch.arange(200.0) % 2  # mean ½, standard deviation ½, standard error 0.035
+    claim("X-1", claims.monte_carlo(spread, 0.5), claims.statistic(1.0, -5, 5, sees="2 % too much"), claims.oracle(1.0, 1.0), says="so")  # fmt: skip
+    said = "Monte Carlo (n = 200; standard error 0.04; sees 0.4 | 2 % too much), oracle"
+    assert capsys.readouterr().out == f"✓ X-1 so · {said}\n"

@@ -15,9 +15,9 @@ def artifact_makers() -> dict:
     )
     from diffusion_nb.experiments.drawings import (
         draw_by_ladder,
-        draw_by_solvers,
-        draw_with_few_calls,
         draw_with_variances,
+        judge_few_calls,
+        judge_solvers,
     )
     from diffusion_nb.experiments.emoji import EmojiJudgeRecipe, train_emoji, train_emoji_judge
     from diffusion_nb.experiments.guidance import (
@@ -54,8 +54,8 @@ def artifact_makers() -> dict:
         "mnist_judge": (train_judge, of("judge.mnist", JudgeRecipe)),
         "digit_denoiser": (train_digits, recipe("digits")),
         "ladder": (draw_by_ladder, recipe("digits")),
-        "few_calls": (draw_with_few_calls, recipe("digits")),
-        "solvers": (draw_by_solvers, recipe("digits")),
+        "few_calls": (judge_few_calls, recipe("digits")),
+        "solvers": (judge_solvers, recipe("digits")),
         "variances": (draw_with_variances, recipe("digits")),
         "ablation": (run_ablation, of("ablation", AblationRecipe)),
         "noisy_classifier": (train_classifier, of("noisy_classifier", NoisyClassifierRecipe)),

@@ -64,13 +64,15 @@ from ..metrics.features import inception_score
 
 # %% ../../nbs/08_metrics.ipynb #f27cde6d
 def digit_cards(x: Float[Tensor, "n 1 8 8"], y: Tensor, seed: int) -> list[MetricCard]:
-    "Fréchet distance, density, coverage, accuracy and inception score of drawn digits, by digit_judge, against the training digits."
+    "Fréchet distance, density, coverage, accuracy and classifier score of drawn digits, by digit_judge, against the training digits."
     judge, reference = digit_judge(), digits().x
     s, by = evaluate(x, y, len(x)), f"digit_judge {weights_hash(judge)}"
     values = {"Fréchet distance": s.frechet, "density": s.density, "coverage": s.coverage,
-              "recognised": s.recognised, "inception score": inception_score(judge(x))}  # fmt: skip
+              "recognised": s.recognised, "classifier score": inception_score(judge(x))}  # fmt: skip
+    few, many = y.bincount(minlength=10).aminmax()
+    balance = f"{few} of each class" if few == many else f"{few} to {many} of each class"
     return [
-        MetricCard(name, float(value), len(x), f"{len(reference)} training digits", by, seed=seed)
+        MetricCard(name, float(value), len(x), f"{len(reference)} training digits", by, seed=seed, balance=balance)
         for name, value in values.items()
     ]
 

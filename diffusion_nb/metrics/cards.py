@@ -32,7 +32,7 @@ def weights_hash(net: nn.Module) -> str:
 class MetricCard(NamedTuple):
     """A number and what it means. error: two standard errors, or None where there is no estimate.
 
-    n: how many pictures; reference: what they were compared with; resize: what was done to their size, "none" if nothing;
+    n: how many pictures; balance: how many of each class; reference: what they were compared with; resize: what was done to their size, "none" if nothing;
     network: the feature network's name and `weights_hash`; seed: of the drawings.
     """
 
@@ -44,11 +44,13 @@ class MetricCard(NamedTuple):
     resize: str = "none"
     seed: int | None = None
     error: float | None = None
+    balance: str = ""
 
     def __str__(self) -> str:
         error = "" if self.error is None else f" ± {self.error:.2g}"
         seed = "" if self.seed is None else f", seed {self.seed}"
-        return f"{self.metric} {self.value:.4g}{error} (n = {self.n}, against {self.reference}, resize {self.resize}, by {self.network}{seed})"
+        n = f"{self.n}, {self.balance}" if self.balance else self.n
+        return f"{self.metric} {self.value:.4g}{error} (n = {n}, against {self.reference}, resize {self.resize}, by {self.network}{seed})"
 
 
 def save_cards(cards: list[MetricCard], path: Path | str) -> None:

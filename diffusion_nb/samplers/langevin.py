@@ -19,7 +19,7 @@ from ..util.checks import check_batch, check_eval, check_finite, check_sampling,
 
 # %% ../../nbs/09_langevin.ipynb #1a5d9701
 def langevin_step(pred: Prediction, delta: float, eps: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
-    "x + (delta/2) score + √delta eps. (SUR-sgld; Welling and Teh 2011)"
+    "x + (delta/2) score + √delta eps: the unadjusted Langevin algorithm. (SUR-sgld)"
     return pred.x_t + delta / 2 * pred.score + delta**0.5 * eps
 
 
