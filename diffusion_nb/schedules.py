@@ -224,7 +224,7 @@ class LinearGamma(Schedule):
 
 # %% ../nbs/16_vdm.ipynb #bdedb9ca
 class TimeWarpedSchedule(Schedule):
-    "`schedule` by another clock: at time t, what it was at warp(t). warp: a module, [0, 1] → [0, 1], rising."
+    "`schedule` on a warped time axis: at time t, what it was at warp(t). warp: a module, [0, 1] → [0, 1], rising."
 
     def __init__(self, schedule: Schedule, warp: Callable):
         super().__init__()
@@ -238,7 +238,7 @@ class TimeWarpedSchedule(Schedule):
 
 # %% ../nbs/16_vdm.ipynb #a33338e0
 class TruncatedTime(nn.Module):
-    "The clock t ↦ start + (1 - start) t: a schedule without its first part."
+    "The warp t ↦ start + (1 - start) t: a schedule without its first part."
 
     def __init__(self, start: float):
         super().__init__()
@@ -275,7 +275,7 @@ class MonotoneNet(nn.Module):
 
 
 class MonotoneWarp(nn.Module):
-    "A rising network made a clock: (net(t) - net(0)) / (net(1) - net(0)). (VDM-learn)"
+    "A rising network made a warp of the time axis: (net(t) - net(0)) / (net(1) - net(0)). (VDM-learn)"
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -284,11 +284,11 @@ class MonotoneWarp(nn.Module):
     def forward(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         low, high = self.net(torch.arange(2, dtype=torch.float64, device=t.device))
         u = (self.net(t) - low) / (high - low)
-        return u + (u.clamp(0, 1) - u).detach()  # rounding may leave [0, 1], and must not stop the clock
+        return u + (u.clamp(0, 1) - u).detach()  # rounding may leave [0, 1], and must not stop the warp
 
 
 class LearnedSchedule(TimeWarpedSchedule):
-    "γ(t) = γ0 + (γ1 - γ0) u(t), sigma² = sigmoid(γ): two ends and a clock to learn. `schedule` is the straight line, `warp` the clock. (VDM-learn)"
+    "γ(t) = γ0 + (γ1 - γ0) u(t), sigma² = sigmoid(γ): two ends and a warp to learn. `schedule` is the straight line, `warp` the way between the ends. (VDM-learn)"
 
     def __init__(self, first: float = -13.3, last: float = 5.0, width: int = 1024):
         super().__init__(LinearGamma(first, last), MonotoneWarp(MonotoneNet(width)))

@@ -208,7 +208,12 @@ def prepare(root: Path, src: Path) -> None:
     (src / "parity.md").write_text(parity.page(root), encoding="utf-8")
     book = {path.stem: notebook(root, path.stem) for path in sorted((root / "nbs").glob("*.ipynb"))}
     rows, modules = ledger(root), library(root)
-    numbered = [stem for stem in book if stem[0].isdigit()]
+    contents_table = "\n".join(cell.source for cell in book["index"].cells if cell.cell_type == "markdown")
+    read = re.findall(r"^\| \w+ \| \[.+?\]\((\w+)\.(?:ipynb|html)\)", contents_table, re.MULTILINE)
+    numbered = sorted(
+        (stem for stem in book if stem[0].isdigit()),
+        key=lambda s: (s not in read, read.index(s) if s in read else s),
+    )
     more = [stem for stem in book if stem not in (*numbered, "index", "ledger")]
     toctrees = [contents("The book", numbered), contents("Beside it", ["ledger", "parity", *more, "running", "CONTRIBUTING"]),
                 contents("The library", [f"api/{name}" for name in modules])]  # fmt: skip

@@ -37,7 +37,14 @@ def artifact_makers() -> dict:
     )
     from diffusion_nb.experiments.reference import ReferenceRecipe, make_references
     from diffusion_nb.experiments.variance import BoundsRecipe, run_improved
-    from diffusion_nb.experiments.vdm import TargetsRecipe, run_targets, run_vdm, vdm_digits_recipe
+    from diffusion_nb.experiments.vdm import (
+        CausesRecipe,
+        TargetsRecipe,
+        run_causes,
+        run_targets,
+        run_vdm,
+        vdm_digits_recipe,
+    )
     from diffusion_nb.recipes.captions import CaptionRecipe
     from diffusion_nb.recipes.diffusion import recipe
     from diffusion_nb.recipes.settings import settings as of
@@ -57,6 +64,7 @@ def artifact_makers() -> dict:
         "improved": (run_improved, of("bounds", BoundsRecipe)),
         "vdm": (run_vdm, vdm_digits_recipe()),
         "targets": (run_targets, of("targets", TargetsRecipe)),
+        "causes": (run_causes, of("targets", CausesRecipe)),
         "distilled": (run_distilled, of("distill.digits", DigitsDistillation)),
         "distilled_from_fewer": (run_from_fewer, of("distill.digits-16", DigitsDistillation)),
         "distilled_guided": (run_guided, of("distill.guided", GuidedRecipe)),

@@ -50,7 +50,7 @@ def vdm_bits(denoiser: Denoiser, x: Float[Tensor, "n *d"], levels: int, times: i
     Parameters
     ----------
     denoiser: its schedule has finite log SNR at both ends. x: pictures of `levels` levels from -1 to 1, on the denoiser's device.
-    times: how many times a picture is looked at, one in each of as many equal parts of [0, 1].
+    times: at how many times each picture's error is measured, one in each of as many equal parts of [0, 1].
     steps: the bound of a chain of so many steps; if not given, of infinitely many.
     seeds: of noise and times, one a picture (0 … n-1 if not given). cond: what belongs to each picture, such as y=labels.
     Raises ValueError for pictures off the grid of levels, infinite ends, and a wrong number of seeds or conditions.

@@ -117,7 +117,7 @@ class LosslessCodec(NamedTuple):
     """What sender and receiver agree on: bits-back coding along the chain of a diffusion model. (Townsend et al. 2019; Kingma et al. 2019)
 
     denoiser, ts, levels, var, decoder_var: as in `bits_per_dim`, whose total is the mean length.
-    fineness: the width of the latents' bins, as a fraction of the narrowest standard deviation that sees them.
+    fineness: the width of the latents' bins, as a fraction of the narrowest standard deviation that involves them.
     initial: the random bits, known to both sides, that the stack begins with: some 10 for each coordinate of a batch.
     classes: if not 0, each picture has a label from 0 to classes - 1, which is sent too. batch: how many pictures go through the network together.
     """
