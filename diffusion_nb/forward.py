@@ -60,8 +60,8 @@ from .util.checks import check_batch, check_order, expand_as
 class Step(NamedTuple):
     """One reverse step t → s, or many: x_s ~ N(a x_t + b x0, variance).
 
-    small: the variance of q(x_s | x_t, x0), DDPM's β̃. large: that of q(x_t | x_s), DDPM's β. Samplers choose between them, or among the
-    numbers in their range. clipped: `small`, but at the last step of a chain, where that is 0, the β̃ of the step before (see `chain_steps`).
+    small: the variance of q(x_s | x_t, x0), DDPM's β̃. large: that of q(x_t | x_s), DDPM's β. Samplers take one of the two, or a
+    number between them. clipped: `small`, but at the last step of a chain, where that is 0, the β̃ of the step before (see `chain_steps`).
     All fields are shaped alike; s and t are float64.
     """
 

@@ -98,7 +98,7 @@ from .util.checks import check_labels, expand_as
 
 # %% ../nbs/04_denoiser.ipynb #6bd5acd6
 class GMMDenoiser(Denoiser):
-    """The exact denoiser E[x0 | x_t] for data from a Gaussian mixture: the oracle of every test in this book.
+    """The exact denoiser E[x0 | x_t] for data from a Gaussian mixture: the oracle of many tests in this book.
 
     Computed in float64 whatever x_t is. With labels `y` (b,) the data are the mixture's component y; y = k (the number of
     components) stands for "any", as it does in the networks of this book.

@@ -32,7 +32,7 @@ def frequencies(t: Tensor, n: int, last: int) -> Float[Tensor, " {n}"]:
 
 
 def cos_first_embedding(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b {dim}"]:
-    "cos(ω t), then sin(ω t), at dim/2 frequencies ω from 1 down to almost 1e-4, as improved DDPM, ADM and EDM have it; dim even. (SUR-adm)"
+    "cos(ω t), then sin(ω t), at dim/2 frequencies ω from 1 down to almost 1e-4, as improved DDPM and ADM have it (and EDM, for its version of ADM); dim even. (SUR-adm)"
     angles = t[:, None] * frequencies(t, dim // 2, dim // 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1).to(t.dtype)
 
@@ -135,8 +135,8 @@ class UNet(nn.Module):
     classes: the number of labels y; y = classes means "any". condition: instead of labels, a module that makes 4·width numbers of any y, with
     a method `check_y`; they are added behind the layers that read the time.
     dropout: inside the residual blocks. patch: pixels folded into channels, patch × patch.
-    scale_shift, biggan, rescale: ADM's changes: the time as scale and shift of a normalisation, residual blocks that change
-    the size instead of single convolutions, and residual sums divided by √2. (SUR-adm)
+    scale_shift (improved DDPM), biggan (ADM), rescale (tried in ADM's ablation, not adopted): the time as scale and shift of a normalisation,
+    residual blocks that change the size instead of single convolutions, and residual sums divided by √2. (SUR-adm)
     time_embedding, eps, symmetric, label_after: conventions of the published programs, which their weights need: the embedding of the time; what the
     normalisations add to the variance; convolutions with stride 2 padded on all sides; the label added behind the layers that read the time,
     in a row for each class and none for "any". DDPM's are the defaults; `ADM` and `IMPROVED` are those of ADM and of improved DDPM.
