@@ -14,7 +14,7 @@ from ..util.checks import check_samples
 
 # %% ../../nbs/01_data.ipynb #b77e44ac
 def frechet_distance(a: Float[Tensor, "n f"], b: Float[Tensor, "m f"]) -> float:
-    """Squared Fréchet distance between the Gaussians fitted to two sets of features; n and m well above f.
+    """Squared Fréchet distance between the Gaussians fitted to two sets of features; biased upwards, the more the fewer samples there are.
 
     Raises ValueError for fewer than two samples, NaN, and different numbers of features; warns where there are no more samples than features.
     """
