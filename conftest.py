@@ -112,7 +112,19 @@ def pytest_configure():
     LocalProvisioner.launch_kernel = launch
 
 
-LONG = ("test_resume", "07_ddpm", "test_docs", "18_consistency", "11_ddim", "15_analytic", "10_sde", "28_runs")
+LONG = (
+    "test_resume",
+    "07_ddpm",
+    "test_docs",
+    "16_vdm",
+    "09_score",
+    "08_metrics",
+    "18_consistency",
+    "15_analytic",
+    "10_sde",
+    "11_ddim",
+    "28_runs",
+)
 
 
 def pytest_collection_modifyitems(items):
