@@ -107,7 +107,7 @@ def consistency_distillation(teacher: Denoiser, levels: LevelSampler, step: Call
 
     return loss
 
-
+# %% ../../nbs/18_consistency.ipynb #7be33900
 def lpips(net: nn.Module | None = None, size: int = 224) -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS of pictures in [-1, 1], made larger where they are smaller than `size`, as the first paper's program has it. (Zhang et al. 2018; Song et al. 2023, appendix C)
 
