@@ -293,14 +293,7 @@ def test_what_pages_fold_is_folded_in_jupyterlab(stem):
 
 # the shape of a notebook
 
-OLD = (
-    "00_begin",
-    "17_",
-    "18_",
-    "28_",
-    "29_",
-)  # the first has a shape of its own; the others are still to be written anew
-CHAPTERS = [stem for stem in NOTEBOOKS if stem[:2].isdigit() and not stem.startswith(OLD)]
+CHAPTERS = [stem for stem in NOTEBOOKS if stem[:2].isdigit() and stem != "00_begin"]
 REFERENCE = re.compile(r"- \[([^\]]+ \(\d{4}\): [^\]]+)\]\((https?://[^)\s]+)\)")
 
 
