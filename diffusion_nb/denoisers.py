@@ -117,7 +117,7 @@ def scaled_time(t: Tensor) -> Tensor:
 
 
 def step_index(T: int = 1000) -> Callable[[Tensor], Tensor]:
-    "t ↦ T t - 1: the chain's steps counted from 0, as the networks of DDPM, improved DDPM and ADM ([Dhariwal and Nichol 2021](https://arxiv.org/abs/2105.05233)) were trained with; a `c_noise`. (DDPM-A1)"
+    "t ↦ T t - 1: the chain's steps counted from 0, as the networks of DDPM, improved DDPM and ADM were trained with; a `c_noise`. (DDPM-A1)"
     return lambda t: T * t - 1
 
 

@@ -103,17 +103,14 @@ def claim(id: str, *evidence: Evidence, says: str) -> None:
     for e in evidence:
         if not e.holds:
             raise ClaimError(f"{id} ({says}) does not hold, {e.kind}: {e.detail}")
-    print(f"✓ {id} {says} · {', '.join(map(_kind_and_power, *_by_kind(evidence)))}")
+    kinds = dict.fromkeys(e.kind for e in evidence)
+    print(f"✓ {id} {says} · {', '.join(kind + _power(kind, evidence) for kind in kinds)}")
 
 
-def _by_kind(evidence: tuple[Evidence, ...]) -> tuple[list[str], list[list[str]]]:
-    "The kinds of evidence, and for each what the stochastic checks can see."
-    kinds = list(dict.fromkeys(e.kind for e in evidence))
-    return kinds, [list(dict.fromkeys(e.sees for e in evidence if e.kind == kind and e.sees)) for kind in kinds]
-
-
-def _kind_and_power(kind: str, sees: list[str]) -> str:
-    return f"{kind} ({' | '.join(sees)})" if sees else kind
+def _power(kind: str, evidence: tuple[Evidence, ...]) -> str:
+    "What the stochastic checks of this kind can see, in parentheses."
+    sees = dict.fromkeys(e.sees for e in evidence if e.kind == kind and e.sees)
+    return f" ({' | '.join(sees)})" if sees else ""
 
 
 def erratum(id: str, *, printed: Evidence, right: Evidence, where: str, prints: str, holds: str) -> None:

@@ -14,29 +14,24 @@ class Fold(NamedTuple):
     title: str
 
 
-def folds(cells: list) -> list[Fold]:
-    """The sections of a notebook that are folded: from a cell that begins with the heading "Deeper: …" or "Solution …" to the next heading as high.
+def headings(cell) -> list[str]:
+    "The lines of a cell that are headings."
+    text = cell["source"] if cell["cell_type"] == "markdown" else ""
+    return re.findall(r"^#+ .*", re.sub(r"(?s)```.*?```", "", text), re.MULTILINE)
 
-    Raises ValueError for a heading of that kind that is not the first line of its cell, and for a heading within a fold.
+
+def folds(cells: list) -> list[Fold]:
+    """The sections of a notebook that are folded: from a cell that begins with the heading "Deeper: …" or "Solution …" to the cell before the next heading.
+
+    Raises ValueError for such a heading in a cell that begins otherwise, or that holds another heading.
     """
-    found, open_at = [], None
-    for i, cell in enumerate(cells):
-        lines = (
-            [] if cell["cell_type"] != "markdown" else re.sub(r"(?s)```.*?```", "", cell["source"]).splitlines()
-        )
-        heads = [(n, line) for n, line in enumerate(lines) if re.match(r"#+ ", line)]
-        if heads and open_at is not None:
-            found.append(Fold(open_at, i - 1, FOLDED.match(cells[open_at]["source"])[2].strip()))
-            open_at = None
-        for n, line in heads:
-            if FOLDED.match(line):
-                if n or len(heads) > 1:
-                    raise ValueError(
-                        f"{line!r}: a folded section begins with a cell of its own, which holds no other heading"
-                    )
-                open_at = i
-    if open_at is not None:
-        found.append(Fold(open_at, len(cells) - 1, FOLDED.match(cells[open_at]["source"])[2].strip()))
+    heads = [i for i, cell in enumerate(cells) if headings(cell)]
+    found = []
+    for i, after in zip(heads, [*heads[1:], len(cells)], strict=True):
+        if odd := next(filter(FOLDED.match, headings(cells[i])), None):
+            if len(headings(cells[i])) > 1 or not cells[i]["source"].startswith(odd):
+                raise ValueError(f"{odd!r}: a folded section begins with a cell of its own, which holds no other heading")  # fmt: skip
+            found.append(Fold(i, after - 1, FOLDED.match(odd)[2].strip()))
     return found
 
 
