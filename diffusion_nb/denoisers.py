@@ -287,7 +287,7 @@ class Consistency(nn.Module):
     net: called as net(x, time (B,), **cond); its output is shaped like x.
     schedule: with alpha = 1, such as `EDMSchedule` or `RescaledSchedule(CosineSchedule())`. end: the time of the boundary.
     sigma_data: the spread of the data. c_noise: t ↦ the time as the network is told it.
-    t is one time, or one a sample, not below `end`. Raises ValueError for a schedule in which alpha is not 1.
+    t is one time, or one per sample, not below `end`. Raises ValueError for a schedule in which alpha is not 1.
     """
 
     def __init__(

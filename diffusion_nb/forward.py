@@ -15,7 +15,7 @@ from .util.checks import check_batch, check_order, expand_as
 
 # %% ../nbs/02_forward.ipynb #b2a76375
 def q_sample(schedule: Schedule, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], eps: Float[Tensor, "b *d"]):
-    "x_t = alpha_t x0 + sigma_t eps, one time a sample (or one for all). (VDM-1, DDPM-4)"
+    "x_t = alpha_t x0 + sigma_t eps, one time per sample (or one for all). (VDM-1, DDPM-4)"
     check_batch(x0, t, eps=eps)
     alpha, sigma = schedule(t)
     return expand_as(alpha, x0) * x0 + expand_as(sigma, x0) * eps

@@ -34,7 +34,7 @@ class Noise:
 
     Parameters
     ----------
-    seeds: integers, one a sample.
+    seeds: integers, one per sample.
     shape: the shape of one sample, e.g. (3, 32, 32).
     device, dtype: where and as what the noise is returned (the numbers themselves are float32).
     """

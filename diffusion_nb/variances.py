@@ -29,7 +29,7 @@ from .forward import Step
 
 # %% ../nbs/08_metrics.ipynb #86da8513
 def free_variance(pred: Prediction, step: Step) -> Tensor:
-    "The exponential of what the network says, one number a pixel, held by nothing. (DDPM, table 2: learned Σ)"
+    "The exponential of what the network says, one number per pixel, held by nothing. (DDPM, table 2: learned Σ)"
     return pred.extra.exp()
 
 # %% ../nbs/14_iddpm.ipynb #c15049ac

@@ -302,7 +302,7 @@ def test_classifiers_that_are_broken():
         ClassifierGuidance(best, lambda x, t, y: x[:, 0] * float("nan"))(x, HALF, y=Y)
     with pytest.raises(ValueError, match="the gradient of log_prob: .* NaN"):
         ClassifierGuidance(best, lambda x, t, y: (x - x.detach()).square().sum(1).sqrt())(x, HALF, y=Y)
-    with pytest.raises(ValueError, match=r"one number a sample, \(12,\); got \(12, 2\)"):
+    with pytest.raises(ValueError, match=r"one number per sample, \(12,\); got \(12, 2\)"):
         ClassifierGuidance(best, lambda x, t, y: x)(x, HALF, y=Y)
 
 

@@ -78,7 +78,7 @@ def ablation_loss(r: AblationRecipe, target: str, loss: str, var: Callable) -> C
 
 @torch.no_grad()
 def ablation_numbers(denoiser: Denoiser, r: AblationRecipe, var: Callable) -> list[float]:
-    """[Fréchet distance on digit_judge's features, share recognised, bits a pixel] with this variance; 300 drawings, 300 held-out digits.
+    """[Fréchet distance on digit_judge's features, share recognised, bits per pixel] with this variance; 300 drawings, 300 held-out digits.
 
     As in the paper's program a network that predicts the mean is taken at its word; another's guess is clipped.
     """
@@ -111,6 +111,6 @@ def run_ablation(r: AblationRecipe) -> tuple[dict, dict]:
 
 
 def ablation() -> Float[Tensor, "cells seeds 3"]:
-    "Fréchet distance, share recognised and bits a pixel for each of CELLS and each seed (artifact made by [ablation], some twenty minutes)."
+    "Fréchet distance, share recognised and bits per pixel for each of CELLS and each seed (artifact made by [ablation], some twenty minutes)."
     tensors, _ = artifact("ablation", run_ablation, settings("ablation", AblationRecipe))
     return tensors["table"]

@@ -110,7 +110,7 @@ def handover(schedule: DDPMSchedule) -> int:
 
 
 def bounds_numbers(denoiser: NetDenoiser) -> Float[Tensor, "2 4"]:
-    """Bits a pixel of 256 held-out digits. Rows: the whole chain; the same with its steps below the noise NOISE taken as one (decoder: fitted to training digits).
+    """Bits per pixel of 256 held-out digits. Rows: the whole chain; the same with its steps below the noise NOISE taken as one (decoder: fitted to training digits).
 
     Columns, the variance: β̃, β, the best fixed one (fitted to these very digits), the learned one (NaN where there is none). The whole chain's decoder has
     the learned variance in the last column, and in the others that of the papers' programs, β̃ of the step before.
@@ -166,7 +166,7 @@ def improved_table() -> tuple[Float[Tensor, "ways seeds 2 4"], dict[str, Tensor]
 
 
 def improved(early: bool = False) -> dict[str, list[float]]:
-    """Bits a pixel of 256 held-out digits for each of WAYS, one number a seed: the learned variance, or the better of β̃ and β where there is none.
+    """Bits per pixel of 256 held-out digits for each of WAYS, one number per seed: the learned variance, or the better of β̃ and β where there is none.
 
     early: with the steps below the noise NOISE taken as one.
     """

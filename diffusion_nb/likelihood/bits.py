@@ -25,7 +25,7 @@ from ..variances import fixed_large, fixed_small
 
 # %% ../../nbs/08_likelihood.ipynb #0ae54ffc
 class Bits(NamedTuple):
-    """The variational bound of n pictures along `ts`, in bits a coordinate. (DDPM-5)
+    """The variational bound of n pictures along `ts`, in bits per dimension. (DDPM-5)
 
     prior: L_T. steps: L_{t-1} for each step but the last, from noise to data. decoder: L_0. Their sum is `total`.
     mse: the squared error of the guess at each of ts[:-1], a mean over the coordinates.
@@ -96,7 +96,7 @@ def check_decoder(denoiser: Denoiser, x: Tensor, t: Tensor, step: Step, decoder_
 def bits_per_dim(denoiser: Denoiser, x: Float[Tensor, "n *d"], ts: Float[Tensor, " k+2"] | None = None, *, levels: int = 256,
                  var: Callable = fixed_small, decoder_var: Callable = fixed_small, seeds: Sequence[int] | None = None,
                  batch: int = 256, **cond: Tensor) -> Bits:  # fmt: skip
-    """The variational bound on -log₂ p(x), term by term, in bits a coordinate; one draw of noise a picture and step. (DDPM-3, DDPM-5, DDPM-13)
+    """The variational bound on -log₂ p(x), term by term, in bits per dimension; one draw of noise a picture and step. (DDPM-3, DDPM-5, DDPM-13)
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ from ..noise import Noise
 
 # %% ../../nbs/16_vdm.ipynb #251bd49b
 class VDMBits(NamedTuple):
-    "The bound of n pictures in bits a coordinate, float64. (VDM-elbo)"
+    "The bound of n pictures in bits per dimension, float64. (VDM-elbo)"
 
     prior: Float[Tensor, " n"]
     diffusion: Float[Tensor, " n"]

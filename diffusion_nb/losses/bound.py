@@ -171,7 +171,7 @@ def hybrid_loss(
 ) -> Callable:
     """The loss (denoiser, x0, t, eps, **cond) ↦ L_simple + weight · L_vlb, for t uniform on 1/steps … 1. (SUR-lv; Nichol and Dhariwal 2021, eq. 16)
 
-    L_vlb is `vlb_term` in bits a coordinate, as in the paper's program, with `learned_variance` for the steps and the decoder; the guess is detached: L_vlb teaches the variance alone.
+    L_vlb is `vlb_term` in bits per dimension, as in the paper's program, with `learned_variance` for the steps and the decoder; the guess is detached: L_vlb teaches the variance alone.
     """
     bound = partial(vlb_term, steps=steps, levels=levels, var=learned_variance, decoder_var=decoder_var)
 

@@ -21,7 +21,7 @@ from ..util.checks import expand_as
 
 # %% ../../nbs/18_consistency.ipynb #0c049ad6
 def euler_step(teacher: Denoiser, x: Float[Tensor, "b *d"], t: Tensor, s: Tensor, **cond) -> Float[Tensor, "b *d"]:
-    "From time t down to s along the teacher's curve, by one call; alpha = 1; t and s: one time, or one a sample. (SUR-cd)"
+    "From time t down to s along the teacher's curve, by one call; alpha = 1; t and s: one time, or one per sample. (SUR-cd)"
     return x + expand_as(teacher.schedule(s)[1] - teacher.schedule(t)[1], x) * teacher(x, t, **cond).eps
 
 
@@ -88,12 +88,12 @@ def consistency_loss(f: nn.Module, lower: Callable, x_t: Tensor, t: Tensor, s: T
 
 def consistency_distillation(teacher: Denoiser, levels: LevelSampler, step: Callable = heun_step, distance: Callable = mse,
                              target: nn.Module | None = None, weight: Callable = inverse_gap) -> Callable:  # fmt: skip
-    """The loss (f, x0, t, eps, **cond) ↦ one number a sample: f must agree with itself a step further down the teacher's curve. (SUR-cd)
+    """The loss (f, x0, t, eps, **cond) ↦ one number per sample: f must agree with itself a step further down the teacher's curve. (SUR-cd)
 
     Parameters
     ----------
     teacher: with alpha = 1, such as `VEView(Clip(denoiser))`. levels: t is one of its upper times (make it the Trainer's `time_sampler`).
-    step: `euler_step`, `heun_step`. distance: (a, b) ↦ one number a sample, such as `mse`, `pseudo_huber()`.
+    step: `euler_step`, `heun_step`. distance: (a, b) ↦ one number per sample, such as `mse`, `pseudo_huber()`.
     target: who answers for the lower point: f itself if not given, or an average such as `trainer.average`. weight: (sigma_t, sigma_s) ↦ λ.
     Raises ValueError for a teacher in whose schedule alpha is not 1.
     """

@@ -50,13 +50,13 @@ def check_times(t: Tensor, mid: Tensor, s: Tensor) -> None:
 # %% ../../nbs/17_distillation.ipynb #30a842ce
 def regression_loss(want: Float[Tensor, "b *d"], denoiser: Denoiser, x_t: Float[Tensor, "b *d"], t: Float[Tensor, " b"], weight: Callable,
            **cond) -> Float[Tensor, " b"]:  # fmt: skip
-    "weight(schedule, t) · mean over the coordinates of (x̂0 - want)², one loss a sample."
+    "weight(schedule, t) · mean over the coordinates of (x̂0 - want)², one loss per sample."
     error = (denoiser(x_t, t, **cond).x0 - want).square().flatten(1).mean(1)
     return weight(denoiser.schedule, t).to(error.dtype) * error
 
 
 def distillation_loss(teacher: Denoiser, n: int, weight: Callable = truncated_snr) -> Callable:
-    """The objective (student, x0, t, eps, **cond) ↦ one loss a sample that teaches n steps what the teacher does in 2n. (SUR-pd)
+    """The objective (student, x0, t, eps, **cond) ↦ one loss per sample that teaches n steps what the teacher does in 2n. (SUR-pd)
 
     teacher: without gradients, on the student's device. n: the student's steps, at least 1; t must be on its grid 1/n, …, 1: train with
     `time_sampler=chain_times(n)`. weight: (schedule, t) ↦ the weight on the error of x0. Raises ValueError where n is no number of steps, and where
@@ -88,7 +88,7 @@ def check_student(student: Denoiser, teacher: Denoiser, t: Float[Tensor, "*b"], 
 def guided_loss(teacher: Denoiser, null: int, weight: Callable = truncated_snr) -> Callable:
     """The objective that teaches a student told w what CFG makes of two guesses, (w+1) x̂0(y) - w x̂0(null). (Meng et al. 2023, stage one)
 
-    The objective takes y and w, one a sample. Raises ValueError as `CFG` does.
+    The objective takes y and w, one per sample. Raises ValueError as `CFG` does.
     """
 
     def loss(denoiser, x0, t, eps, y, w):

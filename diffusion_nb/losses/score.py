@@ -22,14 +22,14 @@ def half_square(x: Float[Tensor, "b *d"]) -> Float[Tensor, " b"]:
 
 def explicit_score_loss(denoiser: Denoiser, x_t: Float[Tensor, "b *d"], t: Float[Tensor, "*b"],
                         score: Float[Tensor, "b *d"], **cond) -> Float[Tensor, " b"]:  # fmt: skip
-    "½‖s(x_t) - score‖², one loss a sample, for a true score that is known. (SUR-dsm)"
+    "½‖s(x_t) - score‖², one loss per sample, for a true score that is known. (SUR-dsm)"
     check_batch(x_t, t, score=score)
     return half_square(denoiser(x_t, t, **cond).score - score)
 
 
 def denoising_score_loss(denoiser: Denoiser, x0: Float[Tensor, "b *d"], t: Float[Tensor, "*b"],
                          eps: Float[Tensor, "b *d"], **cond) -> Float[Tensor, " b"]:  # fmt: skip
-    "½‖s(x_t) + eps/sigma‖² at x_t = alpha x0 + sigma eps, one loss a sample; times sigma² it is NCSN's. (SUR-dsm; Vincent 2011)"
+    "½‖s(x_t) + eps/sigma‖² at x_t = alpha x0 + sigma eps, one loss per sample; times sigma² it is NCSN's. (SUR-dsm; Vincent 2011)"
     pred = denoiser(q_sample(denoiser.schedule, x0, t, eps), t, **cond)
     return half_square(pred.score + eps / pred.sigma)
 

@@ -28,7 +28,7 @@ def snr_plus_one(schedule: Schedule, t: Float[Tensor, "*b"]) -> Float[Tensor, "*
 
 def denoising_loss(denoiser: Denoiser, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], eps: Float[Tensor, "b *d"],
                    weight: Callable = snr, **cond) -> Float[Tensor, " b"]:  # fmt: skip
-    "weight(schedule, t) · mean over the coordinates of (x̂0 - x0)², one loss a sample. With `snr`: L_simple. (DDPM-14)"
+    "weight(schedule, t) · mean over the coordinates of (x̂0 - x0)², one loss per sample. With `snr`: L_simple. (DDPM-14)"
     pred = denoiser(q_sample(denoiser.schedule, x0, t, eps), t, **cond)
     return weight(denoiser.schedule, t).to(x0.dtype) * (pred.x0 - x0).square().flatten(1).mean(1)
 

@@ -25,7 +25,7 @@ def vdm_weight(schedule: Schedule, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"
 
 # %% ../../nbs/16_vdm.ipynb #610c05a9
 def scale_gradient_by_loss(values: Sequence[Float[Tensor, " b"]], loss: Float[Tensor, " b"]) -> None:
-    "What lies behind `values` (one number a sample, through which alone it acts on `loss`) will get the gradient of loss² instead of that of loss. (VDM-learn)"
+    "What lies behind `values` (one number per sample, through which alone it acts on `loss`) will get the gradient of loss² instead of that of loss. (VDM-learn)"
     for v in values:
         if v.requires_grad:
             v.register_hook(lambda g: 2 * loss.detach().to(g.dtype) * g)

@@ -24,7 +24,7 @@ def linear_walk(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, 
                 reach: Float[Tensor, " n"] | None = None, bend: Float[Tensor, " n"] | None = None, desc: str = "sampling") -> Float[Tensor, "b *d"]:  # fmt: skip
     """x ← a x + b D + spread z along `ts`: the loop of every sampler whose steps are linear in the state, the guess D and fresh noise z.
 
-    a, b: a number a step. spread: (i, pred) ↦ how much noise step i adds, None for none; it is noise(i + 1). reach: how far D is extrapolated
+    a, b: a number per step. spread: (i, pred) ↦ how much noise step i adds, None for none; it is noise(i + 1). reach: how far D is extrapolated
     from the guess before, in units of the difference between the two; bend: and how far along the difference before that. 0 if not given, where D is the guess itself.
     """
     more = ([0.0] * len(a) if v is None else v.tolist() for v in (reach, bend))
@@ -158,7 +158,7 @@ def invert(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1
 def slerp(
     a: Float[Tensor, "b *d"], b: Float[Tensor, "b *d"], w: Float[Tensor, "*b"] | float
 ) -> Float[Tensor, "b *d"]:
-    """From a (w = 0) to b (w = 1) along the arc between them, sample by sample; w: one number, or one a sample. (DDIM, eq. 67)
+    """From a (w = 0) to b (w = 1) along the arc between them, sample by sample; w: one number, or one per sample. (DDIM, eq. 67)
 
     Where a and b are parallel, the straight line. Raises ValueError for different shapes, and opposite vectors, between which no arc is the shortest.
     """
@@ -206,7 +206,7 @@ def _reach(h: Float[Tensor, " n"], lower_order_final: bool = True) -> Float[Tens
 @torch.no_grad()
 def dpmpp_2m(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, noise: Callable[[int], Tensor] | None = None,
              lower_order_final: bool = True, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """DPM-Solver++ (2M): second order, one call a step; nothing is random. (Lu et al. 2022, DPM-Solver++, algorithm 2)
+    """DPM-Solver++ (2M): second order, one call per step; nothing is random. (Lu et al. 2022, DPM-Solver++, algorithm 2)
 
     Parameters are those of `ddpm`; `noise` is not used. The first step is DDIM's, and so is one that ends where sigma is 0.
     lower_order_final: whether the last step is DDIM's wherever it ends, as in DPM-Solver's program for fewer than ten steps; k-diffusion says no.
@@ -268,7 +268,7 @@ def _parabola(
 @torch.no_grad()
 def dpmpp_3m(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, noise: Callable[[int], Tensor] | None = None,
              lower_order_final: bool = True, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """DPM-Solver++ (3M): third order, one call a step; nothing is random. (Lu et al. 2022, DPM-Solver++, multistep of order 3)
+    """DPM-Solver++ (3M): third order, one call per step; nothing is random. (Lu et al. 2022, DPM-Solver++, multistep of order 3)
 
     Parameters are those of `dpmpp_2m`; with lower_order_final the walk as a whole is of second order. The second difference has its exact weight; in the published programs it has half of that.
     Raises ValueError as `check_sampling` does.

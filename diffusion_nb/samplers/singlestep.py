@@ -31,7 +31,7 @@ def down_and_up(schedule: Schedule, s: Tensor, t: Tensor, eta: float) -> tuple[T
 @torch.no_grad()
 def dpmpp_2s(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, noise: Callable[[int], Tensor] | None = None,
              eta: float = 0.0, s_noise: float = 1.0, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """DPM-Solver++ (2S): second order, two calls a step, at its start and in its middle. (Lu et al. 2022, DPM-Solver++, algorithm 1)
+    """DPM-Solver++ (2S): second order, two calls per step, at its start and in its middle. (Lu et al. 2022, DPM-Solver++, algorithm 1)
 
     Parameters
     ----------
