@@ -211,3 +211,12 @@ def test_the_site_has_folds_that_links_find(site):
         html = path.read_text(encoding="utf-8")
         assert html.count('<details class="fold">') <= html.count("</details>")
         assert re.search(r'<details class="fold"><summary id="[\w-]+">', html)
+
+
+def test_the_readme_counts_the_comparisons():
+    rows = parity.rows()
+    chosen = sum(row.choice is not None for row in rows)
+    said = (
+        f"{len(rows)} comparisons on the same inputs, of which {len(rows) - chosen} agree and {chosen} are choices"
+    )
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
