@@ -63,7 +63,7 @@ class DDPMSchedule(Schedule):
             raise ValueError(
                 f"betas: expected a vector of variances in (0, 1), the last of which may be 1; got {betas}"
             )
-        self.T = len(betas)
+        self.T, self.ends_in_noise = len(betas), bool(betas[-1] == 1)
         log_abar = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])
         self.register_buffer("log_abar", log_abar)
 
@@ -74,15 +74,18 @@ class DDPMSchedule(Schedule):
         self.log_abar = table.to(self.log_abar.device)
         return self
 
-    def coefficients(self, t):
+    def log_abar_at(self, t):
         i = t * self.T
         step = i.long().clamp(max=self.T - 1)
         table = self.log_abar.to(t.device)
         now, after, w = table.take(step), table.take(step + 1), i - step
-        to_nothing = after.isinf()
-        log_abar = torch.lerp(now, torch.where(to_nothing, now, after), w) + torch.log1p(
-            -torch.where(to_nothing, w, 0)
-        )
+        if not self.ends_in_noise:
+            return torch.lerp(now, after, w)
+        last = after.isinf()
+        return torch.lerp(now, torch.where(last, now, after), w) + torch.log1p(-torch.where(last, w, 0))
+
+    def coefficients(self, t):
+        log_abar = self.log_abar_at(t)
         return (log_abar / 2).exp(), log_abar.expm1().abs().sqrt()
 
 # %% ../nbs/02_forward.ipynb #24f852bf
