@@ -114,9 +114,80 @@ def test_a_module_that_reads_the_condition_is_added_behind_the_layers_that_read_
     plain, told = UNet(1, 4, (1,), 1, (0,)), UNet(1, 4, (1,), 1, (0,), condition=Doubled())
     told.load_state_dict(plain.state_dict())
     x, t, y = torch.ones(2, 1, 4, 4), torch.tensor([3.0, 7.0]), torch.tensor([[0.5], [-1.0]])
-    emb = plain.encode(x, t)[2], told.encode(x, t, y)[2]
+    emb = plain.encode(x, t)[2].emb, told.encode(x, t, y)[2].emb
     want = F.silu(plain.embed(time_embedding(t, 4)) + y)
     assert emb[1].allclose(want) and not emb[0].allclose(want)
     for net, wrong in ((told, None), (told, torch.ones(2, 2)), (plain, y)):
         with pytest.raises(ValueError, match="y: "):
             net(x, t, wrong)
+
+
+def awake(net: UNet) -> UNet:
+    "The network with small random numbers where its weights start at zero."
+    for p in net.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.05)
+    return net
+
+
+class Tokens(nn.Module):
+    "A context of two tokens, each the number y times a direction, read by adding their mean."
+
+    def __init__(self):
+        super().__init__()
+        self.directions = nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+
+    def forward(self, y):
+        return y[:, None, None] * self.directions
+
+    def attention(self, channels):
+        return AddsMean(channels)
+
+    def check_y(self, y):
+        if y.ndim != 1:
+            raise ValueError("y: expected one number a picture")
+
+
+class AddsMean(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.spread = nn.Parameter(torch.zeros(2, channels))
+
+    def forward(self, h, tokens):
+        return h + (tokens.mean(1) @ self.spread)[:, :, None, None]
+
+
+def test_a_context_is_read_behind_every_attention():
+    torch.manual_seed(0)
+    plain = awake(UNet(1, 8, (1, 2), 1, (1,)))
+    told = UNet(1, 8, (1, 2), 1, (1,), context=Tokens())
+    own = told.state_dict()
+    assert set(own) - set(plain.state_dict()) == {
+        "context.directions", "down.2.2.spread", "middle.3.spread", "up.0.2.spread", "up.1.2.spread"}  # fmt: skip
+    told.load_state_dict(own | plain.state_dict())
+    x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([1.0, 50.0, 900.0]), torch.tensor([0.0, 1.0, -2.0])
+    assert torch.equal(told(x, t, y), plain(x, t))  # what reads the tokens starts at zero
+    for name, reads in told.named_parameters():
+        if name.endswith("spread"):
+            with torch.no_grad():
+                reads.fill_(1.0)
+            assert torch.equal(told(x, t, y)[0], plain(x, t)[0]), name  # y = 0 makes tokens of zeros
+            assert (told(x, t, y)[1:] - plain(x, t)[1:]).abs().amax((1, 2, 3)).gt(1e-3).all(), name
+            with torch.no_grad():
+                reads.zero_()
+    with pytest.raises(ValueError, match="one number a picture"):
+        told(x, t, y[:, None])
+    with pytest.raises(ValueError, match="expected a label"):
+        told(x, t)
+
+
+def test_encode_and_decode_are_the_whole_network():
+    torch.manual_seed(0)
+    net = awake(UNet(2, 8, (1, 2), 1, (1,), classes=3))
+    x, t, y = torch.randn(2, 2, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([0, 3])
+    h, pile, told = net.encode(x, t, y)
+    assert torch.equal(net.decode(h, pile, told), net(x, t, y)) and len(pile) == 4
+    for i in range(len(pile)):  # each part of the pile is read
+        more = [p + (i == j) for j, p in enumerate(pile)]
+        assert not torch.allclose(net.decode(h, more, told), net(x, t, y), atol=1e-4)
+    assert len(pile) == 4  # and decode leaves it as it was

@@ -104,7 +104,7 @@ def config_of(net: UNet) -> dict:
     layers = len(pairs) // levels
     channels = [pairs[i * layers][0].conv1.out_channels for i in range(levels)]
     check_groups(channels)
-    attends = [isinstance(pairs[i * layers][1], Attention) for i in range(levels)]
+    attends = [len(pairs[i * layers]) > 1 for i in range(levels)]
     return FIXED | dict(
         _class_name="UNet2DModel", sample_size=None, in_channels=net.stem.in_channels, out_channels=net.head[2].out_channels,
         block_out_channels=channels, layers_per_block=layers, dropout=first.dropout.p,

@@ -74,15 +74,15 @@ CONSISTENCY = {  # networks of consistency_models, by the end of the file's name
 def layers(net: UNet) -> Iterator[tuple[str, str, object]]:
     "(our name, theirs, the module) of every layer above a single one."
     for i, layer in enumerate(net.down, 1):
-        parts = list(layer) if isinstance(layer, torch.nn.ModuleList) else [layer]
-        for k, part in enumerate(parts):
-            yield f"down.{i - 1}.{k}" if len(parts) > 1 else f"down.{i - 1}", f"input_blocks.{i}.{k}", part
+        nested = isinstance(layer, torch.nn.ModuleList)
+        for k, part in enumerate(layer if nested else [layer]):
+            yield f"down.{i - 1}.{k}" if nested else f"down.{i - 1}", f"input_blocks.{i}.{k}", part
     for k, part in enumerate(net.middle):
         yield f"middle.{k}", f"middle_block.{k}", part
     block, inside = -1, 0
     for i, layer in enumerate(getattr(net, "up", ())):
         if isinstance(layer, torch.nn.ModuleList):
-            block, inside = block + 1, 1 + isinstance(layer[1], Attention)
+            block, inside = block + 1, len(layer)
             for k, part in enumerate(layer):
                 yield f"up.{i}.{k}", f"output_blocks.{block}.{k}", part
         else:
