@@ -20,6 +20,7 @@ from .artifacts import artifact
 from .digits import digit_denoiser
 from .evaluation import evaluate
 from .judge import JudgeRecipe, train_judge
+from .pictures import halved
 from ..grids import sigma_grid
 from diffusion_nb.losses.consistency import (
     consistency_distillation,
@@ -116,7 +117,7 @@ def other_judge() -> DigitClassifier:
 
 
 def run_consistency(r: DigitsConsistency) -> tuple[dict, dict]:
-    "The students of seed 0; verdicts (student, seed, steps 1 2 4, recognised and Fréchet); the variants' (variant, seed, after a quarter and at the end, both)."
+    "The students of seed 0, in float16; verdicts (student, seed, steps 1 2 4, recognised and Fréchet); the variants' (variant, seed, after a quarter and at the end, both)."
     tensors, verdicts, variants = (
         {},
         torch.zeros(3, r.seeds, 3, 2),
@@ -126,7 +127,7 @@ def run_consistency(r: DigitsConsistency) -> tuple[dict, dict]:
         for seed in range(r.seeds):
             f = digit_trainer(r, kind, seed, getattr(r, f"{key}_steps"), getattr(r, f"{key}_lr")).fit()
             verdicts[i, seed] = torch.tensor([verdict(*draw_digits(f, sigmas)) for sigmas in SIGMAS.values()])
-            tensors |= {f"{kind}.{name}": v for name, v in f.state_dict().items()} if seed == 0 else {}
+            tensors |= {f"{kind}.{name}": v for name, v in halved(f).items()} if seed == 0 else {}
     for i, options in enumerate(VARIANTS.values()):
         for seed in range(r.seeds):
             trainer = digit_trainer(r, "CD", seed, r.short_steps, r.cd_lr, **options)
