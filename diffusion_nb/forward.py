@@ -41,7 +41,8 @@ def q_step(schedule: Schedule, x_s: Float[Tensor, "b *d"], s: Tensor, t: Tensor,
 def offset_noise(eps: Float[Tensor, "b c *d"], strength: float = 0.1) -> Float[Tensor, "b c *d"]:
     """Noise whose brightness has the extra standard deviation `strength` in each channel, made of ordinary noise by stretching its mean. (Guttenberg 2023)
 
-    For a Trainer: loss=lambda denoiser, x0, t, eps, **cond: denoising_loss(denoiser, x0, t, offset_noise(eps), **cond); then sample from it, too.
+    To train with it, give a Trainer (notebook 07b) loss=lambda denoiser, x0, t, eps, **cond: denoising_loss(denoiser, x0, t, offset_noise(eps), **cond).
+    Then start sampling from such noise, too.
     """
     mean = eps.flatten(2).mean(2).reshape(*eps.shape[:2], *[1] * (eps.ndim - 2))
     return eps + ((1 + strength**2 * eps[0, 0].numel()) ** 0.5 - 1) * mean
