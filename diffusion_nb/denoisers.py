@@ -20,7 +20,7 @@ from .util.checks import expand_as
 class Prediction(NamedTuple):
     """A guess of x0 from x_t = alpha x0 + sigma eps, and the same guess as noise, velocity and score. (DDPM-15, VDM-5, VDM-v)
 
-    alpha and sigma are in the dtype of x_t and multiply it; sigma > 0. `extra` is whatever else a network had to say.
+    alpha and sigma are in the dtype of x_t and multiply it; sigma > 0. `extra`: further outputs of the network, if any.
     """
 
     x_t: Float[Tensor, "b *d"]
@@ -82,7 +82,7 @@ def edm_input(sigma_data: float = 0.5) -> Callable:
 
 
 def edm_time(schedule: Schedule) -> Callable:
-    "t ↦ log(sigma / alpha) / 4, the time as EDM tells it. (Karras et al. 2022, table 1)"
+    "t ↦ log(sigma / alpha) / 4, the time as EDM's networks receive it. (Karras et al. 2022, table 1)"
     return lambda t: -schedule.logsnr(t) / 8
 
 # %% ../nbs/04_denoiser.ipynb #fe968b82
@@ -112,7 +112,7 @@ def check_cond(denoiser: nn.Module, n: int, cond: dict[str, Tensor]) -> None:
 
 # %% ../nbs/04_denoiser.ipynb #07874527
 def scaled_time(t: Tensor) -> Tensor:
-    "The time as networks like it, 0 to 1000."
+    "The time on the scale from 0 to 1000 that many networks were trained with."
     return 1000 * t
 
 
