@@ -29,7 +29,7 @@ gpu:  ## check a GPU and time it, 10 minutes; with the PyTorch that PYTHON has, 
 	$(PYTHON) tools/gpu.py $(ARGS)
 
 lab: $(STAMP)  ## open the book in JupyterLab
-	OMP_NUM_THREADS=1 $(BIN)/jupyter lab $(ARGS) nbs
+	OMP_NUM_THREADS=1 $(BIN)/jupyter lab $(ARGS) nbs/index.ipynb
 
 docs: $(STAMP)  ## write the book, its ledger and the library as web pages under _site/
 	$(BIN)/python tools/pages.py $(ARGS)

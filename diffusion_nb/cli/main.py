@@ -21,11 +21,22 @@ def commands():
     return app
 
 
+def versions() -> str:
+    "The versions of this library, of Python and of PyTorch, as a report of a bug should name them."
+    from importlib.metadata import version
+    from platform import python_version
+
+    return f"diffusion_nb {version('diffusion_nb')}, Python {python_version()}, torch {version('torch')}"
+
+
 def main(argv: list[str] | None = None) -> int:
     "Returns 0 if all went well, 1 if not, 130 after Ctrl-C; SystemExit(2) where the arguments made no sense."
     from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(versions())
+        return 0
     keep_freed_memory()
     try:
         return commands().cli(

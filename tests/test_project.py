@@ -1,0 +1,65 @@
+"""The files around the library: workflows, templates, changes, versions."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+import diffusion_nb as dn
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def commands(workflow: Path) -> str:
+    jobs = yaml.safe_load(workflow.read_text())["jobs"]
+    return "\n".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda p: p.stem)
+def test_workflows_call_what_there_is(workflow):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"\bmake ([a-z-]+)", commands(workflow))) <= targets
+    for job in yaml.safe_load(workflow.read_text())["jobs"].values():
+        assert 0 < job["timeout-minutes"] <= 180
+
+
+def test_the_workflows_test_every_python_that_is_promised():
+    low, high = re.search(
+        r'requires-python = ">=3\.(\d+),<3\.(\d+)"', (ROOT / "pyproject.toml").read_text()
+    ).groups()
+    found = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]["book"]["strategy"][
+        "matrix"
+    ]
+    assert found["python"] == [f"3.{k}" for k in range(int(low), int(high))]
+
+
+def test_a_release_is_stopped_where_the_tag_is_not_the_version(tmp_path):
+    script = re.search(r"grep -q .*\n\s*grep -q .*", commands(ROOT / ".github/workflows/release.yml"))[0]
+    (tmp_path / "diffusion_nb").mkdir()
+    (tmp_path / "diffusion_nb/__init__.py").write_text('__version__ = "1.2.3"\n')
+    (tmp_path / "CHANGELOG.md").write_text("## 1.2.3 (2030-01-01)\n")
+    for tag, good in (("v1.2.3", True), ("v1.2.4", False), ("v1.2", False)):
+        run = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env={"GITHUB_REF_NAME": tag, "PATH": "/usr/bin:/bin"})  # fmt: skip
+        assert (run.returncode == 0) == good, tag
+
+
+def test_forms_and_container_can_be_read():
+    for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        assert {"name", "description", "body"} <= yaml.safe_load(form.read_text()).keys()
+    made = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())["postCreateCommand"]
+    assert made.split()[1] == ".venv/.installed" and "STAMP := .venv/.installed" in (ROOT / "Makefile").read_text()
+
+
+def test_the_command_says_its_versions():
+    said = subprocess.run([sys.executable, "-m", "diffusion_nb", "--version"], capture_output=True, text=True, check=True).stdout  # fmt: skip
+    assert said.split(",")[0] == f"diffusion_nb {dn.__version__}" and f"torch {version('torch')}" in said
+
+
+def test_types_travel_with_the_package():
+    assert (Path(dn.__file__).parent / "py.typed").exists()
