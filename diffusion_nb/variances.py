@@ -13,7 +13,7 @@ from .forward import Step
 
 # %% ../nbs/05_elbo.ipynb #64aaeb27
 def fixed_small(pred: Prediction, step: Step) -> Tensor:
-    "The variance of q(x_s | x_t, x0), DDPM's β̃: right for data that are a single point; for the decoder of a chain, β̃ of the step before. (DDPM-s1)"
+    "The variance of q(x_s | x_t, x0), DDPM's β̃: right for data that are a single point. On the last step back of a chain (`chain_steps`), where β̃ is 0 and so is `small`, it is β̃ of the step next to it, `clipped`. (DDPM-s1)"
     return step.clipped
 
 

@@ -66,7 +66,7 @@ def step_kl(denoiser: Denoiser, x0: Float[Tensor, "b *d"], s: Float[Tensor, "*b"
 def vlb_weight(steps: int, var: Callable = fixed_small) -> Callable:
     """The weight (schedule, t) ↦ b² / (2 var) that the bound of a chain of `steps` steps puts on the error of x0 at s = t - 1/steps. (DDPM-12, VDM-7)
 
-    var: `fixed_small` or `fixed_large`; the weight is infinite at the last step back where the variance is 0.
+    var: `fixed_small` or `fixed_large`. With `fixed_small` the weight is infinite at s = 0 if sigma(0) = 0, for there its variance is 0.
     """
 
     def weight(schedule, t):
