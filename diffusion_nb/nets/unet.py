@@ -149,8 +149,8 @@ class UNet(nn.Module):
     width, mults: level i works on width · mults[i] channels (multiples of 4); each level halves the picture.
     blocks: residual blocks a level on the way down.
     attention: the levels that attend; the middle always does. head_width: channels per head (0: one head); heads: how many, instead.
-    classes: the number of labels y; y = classes means "any". condition: instead of labels, a module that makes 4·width numbers of any y, with
-    a method `check_y`; they are added behind the layers that read the time. context: a module that makes tokens of any y, with the same
+    classes: the number of labels y; y = classes means "any". condition: instead of labels, a module that turns y into 4·width numbers, with
+    a method `check_y`; they are added behind the layers that read the time. context: a module that turns y into tokens, with the same
     method, and whose `attention(channels)` is the layer (h, tokens) ↦ h by which the levels that attend, and the middle, read them. (SUR-ldm)
     dropout: inside the residual blocks. patch: pixels folded into channels, patch × patch.
     scale_shift (improved DDPM), biggan (ADM), rescale (tried in ADM's ablation, not adopted): the time as scale and shift of a normalisation,
