@@ -24,8 +24,8 @@ def linear_walk(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, 
                 reach: Float[Tensor, " n"] | None = None, bend: Float[Tensor, " n"] | None = None, desc: str = "sampling") -> Float[Tensor, "b *d"]:  # fmt: skip
     """x ← a x + b D + spread z along `ts`: the loop of every sampler whose steps are linear in the state, the guess D and fresh noise z.
 
-    a, b: a number per step. spread: (i, pred) ↦ how much noise step i adds, None for none; it is noise(i + 1). reach: how far D is extrapolated
-    from the guess before, in units of the difference between the two; bend: and how far along the difference before that. 0 if not given, where D is the guess itself.
+    a, b: a number per step. spread: (i, pred) ↦ how much noise step i adds, None for none; it is noise(i + 1). reach: how far D lies beyond the
+    present guess, in units of its difference from the guess before; bend: how much of the difference between the two guesses before is added as well. 0 if not given, where D is the guess itself.
     """
     more = ([0.0] * len(a) if v is None else v.tolist() for v in (reach, bend))
     rows = zip(ts[:-1], a.tolist(), b.tolist(), *more, strict=True)
