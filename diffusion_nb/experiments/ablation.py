@@ -35,7 +35,7 @@ from ..variances import fixed_large, fixed_small, free_variance
 # %% ../../nbs/08_metrics.ipynb #ab442ed4
 @dataclass(frozen=True)
 class AblationRecipe(Training):
-    "The networks and trainings of the ablation."
+    "The networks and trainings of the ablation: the steps, and the rest as in `Training`, such as batches of 64."
 
     steps: int = 1200
     ema: float = 0.995
