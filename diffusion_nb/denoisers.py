@@ -286,7 +286,7 @@ def boundary_scalings(sigma: Tensor, smallest: float, sigma_data: float = 1.0) -
 
 
 class Consistency(nn.Module):
-    """f(x, t) = c_skip x + c_out net(c_in x, c_noise(t), **cond), the place where the curve through (x, t) began; f(x, end) = x. (SUR-cm)
+    """f(x, t) = c_skip x + c_out net(c_in x, c_noise(t), **cond), the end of the curve through (x, t), on the side of the data; f(x, end) = x. (SUR-cm)
 
     Parameters
     ----------

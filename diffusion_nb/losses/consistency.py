@@ -74,7 +74,7 @@ def equal_weight(sigma_t: Tensor, sigma_s: Tensor) -> Tensor:
 
 
 def inverse_gap(sigma_t: Tensor, sigma_s: Tensor) -> Tensor:
-    "1 / (sigma_t - sigma_s). (Song and Dhariwal 2023, sec. 3.4)"
+    "1 / (sigma_t - sigma_s). (Song and Dhariwal 2023, sec. 3.1)"
     return 1 / (sigma_t - sigma_s)
 
 
