@@ -104,7 +104,9 @@ class ClassifierGuidance(Denoiser):
             x = x_t.detach().requires_grad_()
             log_f = self.log_prob(x, t, y)
             if log_f.shape != x.shape[:1]:
-                raise ValueError(f"log_prob: expected one number per sample, ({len(x)},); got {tuple(log_f.shape)}")
+                raise ValueError(
+                    f"log_prob: expected one number per sample, ({len(x)},); got {tuple(log_f.shape)}"
+                )
             (grad,) = torch.autograd.grad(log_f.sum(), x)
         check_gradient(log_f, grad)
         return grad
