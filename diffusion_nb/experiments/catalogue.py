@@ -36,6 +36,7 @@ def artifact_makers() -> dict:
         train_pictures,
     )
     from diffusion_nb.experiments.reference import ReferenceRecipe, make_references
+    from diffusion_nb.experiments.students import StudentsRecipe, run_students
     from diffusion_nb.experiments.variance import BoundsRecipe, run_improved
     from diffusion_nb.experiments.vdm import (
         CausesRecipe,
@@ -73,6 +74,7 @@ def artifact_makers() -> dict:
         "mnist_small": (train_mnist, recipe("mnist-small")),
         "fashion_judge": (train_judge, of("judge.fashion-mnist", JudgeRecipe)),
         "fashion_small": (train_fashion, recipe("fashion-small")),
+        "mnist_students": (run_students, of("mnist_students", StudentsRecipe)),
         "references": (make_references, of("references", ReferenceRecipe)),
         "emoji_judge": (train_emoji_judge, of("judge.emoji", EmojiJudgeRecipe)),
         "emoji": (train_emoji, of("emoji", CaptionRecipe)),
