@@ -17,6 +17,7 @@ FACE = {
     "mixtures": "GaussianMixture GMMDenoiser ring_mixture",
     "variances": "fixed_small fixed_large learned_variance analytic_variance expected_eps2",
     "guidance": "CFG ClassifierGuidance AutoGuidance DynamicThreshold SelfConditioned interval",
+    "codecs": "Codec fit_codec",
     "data": "Pictures digits mnist fashion_mnist cifar10 data_set",
     "losses.simple": "denoising_loss snr snr_plus_one truncated_snr min_snr",
     "losses.bound": "bound_loss hybrid_loss vlb_weight",
@@ -38,6 +39,8 @@ FACE = {
     "nets.edm2": "EDM2UNet",
     "nets.words": "BagOfWords",
     "nets.autoencoder": "KLAutoencoder",
+    "nets.latent": "SmallAutoencoder",
+    "nets.conditioning": "CrossAttention TokenReader",
     "metrics.features": "frechet_distance nearest_distance precision_recall density_coverage",
     "training.trainer": "Trainer",
     "training.batches": "flip_half",
@@ -51,6 +54,7 @@ FACE = {
     "experiments.digits": "digit_denoiser",
     "experiments.pictures": "mnist_denoiser fashion_denoiser cifar10_denoiser draw_pictures",
     "experiments.emoji": "emoji_denoiser draw_captions",
+    "experiments.latent": "mnist_codec mnist_latent emoji_codec emoji_latent draw_through",
 }
 HOME = {name: module for module, names in FACE.items() for name in names.split()}
 __all__ = ["__version__", *HOME]

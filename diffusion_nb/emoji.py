@@ -222,6 +222,15 @@ def emoji(size: int = 32) -> Emoji:
     return Emoji(x, captions, category, *zip(*made_of, strict=True), *split(made_of), mirrors)
 
 
+def pictures_of(captions: Sequence[str], size: int = 64) -> Float[Tensor, "n 3 s s"]:
+    "The pictures of some captions as `emoji` makes them, drawn anew, in a few seconds. Raises ValueError for captions that there are not, ImportError as `emoji` does."
+    package_versions()
+    svgs = {d.caption: d.svg for d in _drawings()}
+    if missing := [c for c in captions if c not in svgs]:
+        raise ValueError(f"captions: {missing[0]!r} is the caption of no emoji")
+    return torch.stack([_draw(svgs[c], size) for c in captions]) / 127.5 - 1
+
+
 def package_versions() -> str:
     "The packages with their versions, or an ImportError that says which are missing."
     found, missing = [], []

@@ -1,0 +1,324 @@
+"""Autoencoders and latent diffusion models of MNIST and of emoji (notebook 19)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+from diffusion_nb.codecs import Codec, fit_codec, latent_loss, latents
+from diffusion_nb.data import data_set
+from diffusion_nb.denoisers import Clip, NetDenoiser
+from diffusion_nb.emoji import Emoji, emoji, vocabulary, words
+from diffusion_nb.experiments.artifacts import artifact
+from diffusion_nb.experiments.emoji import emoji_judge, judge_captions, train_emoji
+from diffusion_nb.experiments.judge import accuracy_of, mnist_judge
+from diffusion_nb.experiments.pictures import halved, trained_on
+from diffusion_nb.experiments.reference import ReferenceRecipe, against, features, make_references
+from diffusion_nb.grids import edm_grid
+from diffusion_nb.guidance import CFG
+from diffusion_nb.losses.autoencoder import kl_loss, vq_loss
+from diffusion_nb.losses.simple import denoising_loss
+from diffusion_nb.metrics.features import frechet_distance
+from diffusion_nb.nets.conditioning import TokenReader
+from diffusion_nb.nets.latent import SmallAutoencoder, VectorQuantiser
+from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.captions import CaptionRecipe
+from diffusion_nb.recipes.diffusion import Recipe, Training, chosen
+from diffusion_nb.recipes.settings import settings
+from diffusion_nb.samplers.linear import dpmpp_2m
+from diffusion_nb.training.batches import flip_half
+from diffusion_nb.training.trainer import Trainer
+from diffusion_nb.util.checks import default_device
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+# autoencoders
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe(Training):
+    "A small autoencoder and its training. weight: of the KL divergence. codes: of a quantiser instead, with none 0."
+
+    data: str = "mnist"
+    latent: int = 4
+    widths: tuple[int, ...] = (16, 32)
+    blocks: int = 1
+    patch: int = 2
+    weight: float = 0.01
+    codes: int = 0
+    steps: int = 3000
+    lr: float = 0.003
+    ema: float = 0.998
+
+    def fresh(self, channels: int) -> SmallAutoencoder:
+        "The network, not trained, from the recipe's seed."
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            quantiser = VectorQuantiser(self.codes, self.latent) if self.codes else None
+            return SmallAutoencoder(channels, self.latent, self.widths, self.blocks, self.patch, quantiser)
+
+
+def restarts(trainer: Trainer, every: int = 50, share: float = 0.5) -> None:
+    "A hook: codes that are not used begin anew every so many steps, in the first share of a training."
+    if trainer.step % every == 0 and trainer.step <= share * trainer.steps:
+        trainer.denoiser.quantiser.restart()
+
+
+def autoencoder_trainer(r: AutoencoderRecipe, x: Tensor, **options) -> Trainer:
+    "The trainer of an autoencoder of pictures x. options: those of `Trainer`."
+    loss = vq_loss if r.codes else partial(kl_loss, weight=r.weight)
+    hooks = [*options.pop("hooks", []), *([restarts] if r.codes else [])]
+    return Trainer(r.fresh(x.shape[1]), x, loss=loss, hooks=hooks, **r.options(), **options)
+
+
+def psnr(x: Float[Tensor, "n *d"], made: Float[Tensor, "n *d"]) -> float:
+    "Peak signal to noise in decibels, of pictures in [-1, 1]: from the mean squared error of all of them."
+    return 10 * math.log10(4 / (x - made).square().mean().item())
+
+
+@torch.no_grad()
+def there_and_back(codec: Codec, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    "The pictures, encoded to the means of their latents and decoded again."
+    return torch.cat([codec.decode(codec.encode(part)).clamp(-1, 1) for part in x.split(100)])
+
+
+def packed(codec: Codec) -> dict[str, Tensor]:
+    "A codec as an artifact keeps it: the network's weights in float16, shift and scale."
+    return halved(codec.autoencoder) | {"shift": codec.shift, "scale": codec.scale}
+
+
+def unpacked(r: AutoencoderRecipe, channels: int, tensors: dict[str, Tensor]) -> Codec:
+    "The codec that `packed` kept, in eval mode, without gradients."
+    tensors = dict(tensors)
+    shift, scale, net = tensors.pop("shift"), tensors.pop("scale"), r.fresh(channels)
+    net.load_state_dict(tensors)
+    return Codec(net.eval().requires_grad_(False), shift, scale)
+
+
+def in_halves(r: AutoencoderRecipe, net: nn.Module, x: Float[Tensor, "n c h w"]) -> Codec:
+    "The codec of a trained autoencoder, its weights rounded to float16, with shift and scale of the pictures x."
+    rounded = unpacked(r, x.shape[1], packed(Codec(net, torch.zeros(1), torch.ones(1))))
+    return fit_codec(rounded.autoencoder, x)
+
+
+def train_mnist_codec(r: AutoencoderRecipe, **options) -> tuple[dict, dict]:
+    "An autoencoder of MNIST with shift and scale, 40 held-out digits as bytes, and what the judge says of 1,500."
+    data = data_set("mnist").load()
+    net = autoencoder_trainer(r, data.x, device=default_device(), **options).fit().cpu()
+    codec, judge, x, y = in_halves(r, net, data.x[:12_000]), mnist_judge(), data.x_test[:1500], data.y_test[:1500]
+    made, real = there_and_back(codec, x), features(judge, x)
+    said = {
+        "PSNR": psnr(x, made), "recognised": accuracy_of(judge, made, y), "recognised as they are": accuracy_of(judge, x, y),
+        "Fréchet distance": frechet_distance(features(judge, made), real),
+        "Fréchet distance of training pictures": frechet_distance(features(judge, data.x[:1500]), real),
+    }  # fmt: skip
+    some = torch.cat([(data.y_test[:300] == d).nonzero()[:4, 0] for d in range(10)])
+    kept = {"digits": ((data.x_test[some] + 1) * 127.5).round().byte(), "labels": data.y_test[some]}
+    return packed(codec) | kept, rounded(said | code_numbers(codec, x)) | trained_on()
+
+
+@torch.no_grad()
+def code_numbers(codec: Codec, x: Float[Tensor, "n c h w"]) -> dict[str, float]:
+    "Of an autoencoder with noise: nats of KL per picture. Of a quantiser: how many codes are used, and bits per picture at their frequencies."
+    ae = codec.autoencoder
+    if ae.quantiser is None:
+        return {"KL in nats per picture": ae.encode(x).kl().mean().item()}
+    index = ae.quantiser.index(ae.encode(x))
+    p = torch.bincount(index.flatten(), minlength=len(ae.quantiser.book)) / index.numel()
+    entropy = -(p * p.clamp_min(1e-12).log2()).sum().item()
+    return {"codes used": int((p > 0).sum()), "bits per picture": entropy * index[0].numel()}
+
+
+def rounded(said: dict) -> dict:
+    "Numbers to four decimals, within dictionaries, too."
+    return {k: rounded(v) if isinstance(v, dict) else round(v, 4) for k, v in said.items()}
+
+
+def mnist_codec(kind: str = "kl") -> tuple[Codec, Tensor, Tensor]:
+    "The autoencoder of MNIST (artifact `mnist_kl` or `mnist_vq`), and 40 held-out digits with their labels."
+    r = settings(f"19_latent.mnist-{kind}", AutoencoderRecipe)
+    tensors = dict(artifact(f"mnist_{kind}", train_mnist_codec, r)[0])
+    digits, labels = tensors.pop("digits") / 127.5 - 1, tensors.pop("labels")
+    return unpacked(r, 1, tensors), digits, labels
+
+
+def train_emoji_codec(r: AutoencoderRecipe, **options) -> tuple[dict, dict]:
+    "An autoencoder of emoji at 64×64 with shift and scale, and its errors on what was held out."
+    data = emoji(64)
+    x, judge = data.x[data.train], emoji_judge()
+    net = autoencoder_trainer(r, x, augment=flip_half, device=default_device(), **options).fit().cpu()
+    codec, said = in_halves(r, net, x), {}
+    for name, which in (("held-out pictures", data.held_pictures), ("held-out combinations", data.held_combinations), ("training pictures", data.train)):  # fmt: skip
+        real = data.x[which][:400]
+        made = there_and_back(codec, real)
+        seen = against(features(judge, avg_pool2d(data.x[data.train], 2)), features(judge, avg_pool2d(made, 2)))
+        said[name] = {"PSNR": psnr(real, made)} | seen
+    return packed(codec), rounded(said) | trained_on()
+
+
+def emoji_codec() -> Codec:
+    "The autoencoder of emoji at 64×64 (artifact `emoji_kl`)."
+    r = settings("19_latent.emoji-kl", AutoencoderRecipe)
+    return unpacked(r, 3, artifact("emoji_kl", train_emoji_codec, r)[0])
+
+
+# diffusion models of their latents
+
+
+@dataclass(frozen=True)
+class LatentRecipe(Recipe):
+    "A diffusion model of latents, which reads tokens, and its training. dim: of a token. words: those it knows, from the data where there are none."
+
+    data: str = "mnist"
+    width: int = 32
+    mults: tuple[int, ...] = (1,)
+    attention: tuple[int, ...] = (0,)
+    classes: int = 0
+    dim: int = 32
+    words: tuple[str, ...] = ()
+    length: int = 5
+    steps: int = 3000
+    lr: float = 0.002
+    warmup: int = 200
+    ema: float = 0.998
+
+
+def reader_of(r: LatentRecipe) -> TokenReader:
+    "What reads the conditions of a recipe: names of digits, letter by letter, or captions, word by word."
+    if r.data == "mnist":
+        return TokenReader(sorted(set("".join(NAMES))), r.length, r.dim, list)
+    return TokenReader(r.words or vocabulary(emoji(64).captions), r.length, r.dim, words)
+
+
+def latent_denoiser(r: LatentRecipe, shape: Sequence[int]) -> NetDenoiser:
+    "The fresh network of a recipe, for latents of this shape."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(r.seed)
+        reader = reader_of(r)
+        return NetDenoiser(r.network(shape[0], scale_shift=True, context=reader), chosen(r)[0](), chosen(r)[1])
+
+
+def latent_trainer(r: LatentRecipe, z: Float[Tensor, "n 2*c h w"], texts: Sequence[str], **options) -> Trainer:
+    "The trainer of a model of latents z, means and deviations as `latents` makes them, with a text for each. options: those of `Trainer`."
+    denoiser = latent_denoiser(r, (z.shape[1] // 2, *z.shape[2:]))
+    reader, loss = denoiser.net.context, partial(latent_loss, loss=partial(denoising_loss, weight=chosen(r)[2]))
+    return Trainer(denoiser, z, loss=loss, cond={"y": reader.told(texts)}, null=reader.null, **r.options(), **options)  # fmt: skip
+
+
+@torch.no_grad()
+def draw_latents(
+    denoiser: NetDenoiser, texts: Sequence[str], shape: Sequence[int], w: float = 1.0, steps: int = 20, first: int = 0
+) -> Float[Tensor, "n c h w"]:
+    "Latents of this shape for each text, by DPM-Solver++ 2M with guidance weight w; the i-th has seed `first` + i."
+    reader = denoiser.net.context
+    y, noise = reader.told(texts), Noise(range(first, first + len(texts)), shape)(0)
+    ts = edm_grid(denoiser.schedule, steps, 0.02, 80.0)
+    guided = CFG(denoiser, w, reader.null) if w else denoiser
+    return dpmpp_2m(Clip(guided, 6.0), denoiser.schedule(ts[0])[1].float() * noise, ts, y=y)
+
+
+@torch.no_grad()
+def draw_through(
+    codec: Codec, denoiser: NetDenoiser, texts: Sequence[str], shape: Sequence[int], w: float = 1.0, steps: int = 20, first: int = 0
+) -> Float[Tensor, "n c h w"]:  # fmt: skip
+    "Pictures of texts: latents as `draw_latents` draws them, decoded."
+    parts = range(0, len(texts), 100)
+    z = torch.cat([draw_latents(denoiser, texts[i : i + 100], shape, w, steps, first + i) for i in parts])
+    return torch.cat([codec.decode(part).clamp(-1, 1) for part in z.split(100)])
+
+
+def train_mnist_latent(r: LatentRecipe, **options) -> tuple[dict, dict]:
+    "A latent diffusion model of MNIST that reads the spelled names of digits, and what the judge says of 1,000 drawings."
+    data, (codec, *_) = data_set("mnist").load(), mnist_codec()
+    z, texts = latents(codec, data.x), [NAMES[i] for i in data.y.tolist()]
+    denoiser = latent_trainer(r, z, texts, device=default_device(), **options).fit().cpu()
+    weights, judge, y = halved(denoiser.net), mnist_judge(), torch.arange(1000) % 10
+    denoiser.net.load_state_dict(weights)
+    real, held, said = features(judge, data.x[:10_000]), features(judge, data.x_test[:1000]), {}
+    for w in (0.0, 0.5, 1.0, 2.0):
+        x = draw_through(codec, denoiser.eval(), [NAMES[i] for i in y], tuple(z[0, :4].shape), w, first=2**20)
+        drawn = features(judge, x)
+        said[f"w = {w:g}"] = {"recognised": accuracy_of(judge, x, y), "Fréchet distance": frechet_distance(drawn, real)}
+    said["held-out pictures"] = {"Fréchet distance": frechet_distance(held, real)}
+    made = features(judge, there_and_back(codec, data.x_test[:1000]))
+    said["held-out pictures, encoded and decoded"] = {"Fréchet distance": frechet_distance(made, real)}
+    return weights, rounded(said) | trained_on()
+
+
+def mnist_latent() -> NetDenoiser:
+    "The latent diffusion model of MNIST (artifact `mnist_latent`), in eval mode."
+    r = settings("19_latent.mnist", LatentRecipe)
+    denoiser = latent_denoiser(r, (4, 7, 7))
+    denoiser.net.load_state_dict(artifact("mnist_latent", train_mnist_latent, r)[0])
+    return denoiser.eval().requires_grad_(False)
+
+
+def train_emoji_latent(r: LatentRecipe, **options) -> tuple[dict, dict]:
+    "A latent diffusion model of emoji at 64×64 that reads captions, and what the judge says of its drawings at half the size."
+    data, codec = emoji(64), emoji_codec()
+    kept = data.train.nonzero()[:, 0]
+    x, mirrors, captions = data.x[kept], data.mirrors[kept, None, None, None], [data.captions[i] for i in kept]
+    z = latents(codec, torch.cat([x, torch.where(mirrors, x.flip(3), x)]))
+    denoiser = latent_trainer(r, z, 2 * captions, device=default_device(), **options).fit().cpu()
+    weights = halved(denoiser.net)
+    denoiser.net.load_state_dict(weights)
+    letters = torch.tensor(list("\n".join(denoiser.net.context.vocabulary).encode()), dtype=torch.uint8)
+    return weights | {"words": letters}, rounded(judged_latent(codec, denoiser.eval(), data)) | trained_on()
+
+
+def judged_latent(codec: Codec, denoiser: NetDenoiser, data: Emoji, w: float = 2.0) -> dict[str, dict[str, float]]:
+    "What the judge of 32×32 emoji says of drawings at half their size: of held-out captions, and of 200 that were trained on; as `judged_model` asks."
+    judge, small, said, halves = emoji_judge(), emoji(32), {}, []
+    trained = data.train.nonzero()[:, 0]
+    for name, which in (
+        ("held-out combinations", data.held_combinations.nonzero()[:, 0]),
+        ("held-out pictures", data.held_pictures.nonzero()[:, 0]),
+        ("trained on", trained[:: len(trained) // 200][:200]),
+    ):
+        x = draw_through(codec, denoiser, [data.captions[i] for i in which], (4, 8, 8), w, first=2**20)
+        halves.append(avg_pool2d(x, 2))
+        said[name] = judge_captions(judge, small, halves[-1], which.tolist())
+    held, real = torch.cat(halves[:2]), features(judge, small.x[data.train])
+    return said | {"all held-out captions": against(real, features(judge, held))}
+
+
+def emoji_latent() -> NetDenoiser:
+    "The latent diffusion model of emoji (artifact `emoji_latent`), in eval mode."
+    r = settings("19_latent.emoji", LatentRecipe)
+    return unpacked_words(r, dict(artifact("emoji_latent", train_emoji_latent, r)[0]))
+
+
+def unpacked_words(r: LatentRecipe, tensors: dict[str, Tensor]) -> NetDenoiser:
+    "The model that an artifact keeps with its words, in eval mode, without gradients."
+    known = tuple(bytes(tensors.pop("words").tolist()).decode().split("\n"))
+    denoiser = latent_denoiser(LatentRecipe(**vars(r) | {"words": known}), (4, 8, 8))
+    denoiser.net.load_state_dict(tensors)
+    return denoiser.eval().requires_grad_(False)
+
+
+MADE = {
+    "mnist_kl": (train_mnist_codec, "19_latent.mnist-kl", AutoencoderRecipe),
+    "mnist_vq": (train_mnist_codec, "19_latent.mnist-vq", AutoencoderRecipe),
+    "emoji_kl": (train_emoji_codec, "19_latent.emoji-kl", AutoencoderRecipe),
+    "mnist_latent": (train_mnist_latent, "19_latent.mnist", LatentRecipe),
+    "emoji_latent": (train_emoji_latent, "19_latent.emoji", LatentRecipe),
+}  # what makes each artifact of this module, by the recipe of which section
+
+
+def pixel_scores() -> dict[str, dict]:
+    "Of the model of emoji at 32×32: what the judge said in the course of its training, and of all held-out captions at its end, and of held-out emoji."
+    course = artifact("emoji", train_emoji, settings("emoji", CaptionRecipe))[1]["metrics"]
+    end = artifact("references", make_references, settings("references", ReferenceRecipe))[1]["metrics"]["emoji"]
+    return course | {"all held-out captions": end["drawn"], "held-out emoji": end["held out"]}
+
+
+def metrics(name: str) -> dict:
+    "What the card of an artifact of this module says of it."
+    make, section, kind = MADE[name]
+    return artifact(name, make, settings(section, kind))[1]["metrics"]
