@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_nb.codecs import Codec, fit_codec, latent_loss, latents
+from diffusion_nb.codecs import fit_codec, latent_loss, latents
 from diffusion_nb.denoisers import NetDenoiser, predict_v
 from diffusion_nb.emoji import pictures_of, words
 from diffusion_nb.experiments.latent import (
@@ -84,7 +84,9 @@ def test_each_term_of_the_vq_loss_moves_its_own_side(rounding):
     assert torch.allclose(vq_loss(rounding, x, None, None, commitment=0.5), 1.5 * want)
     loss = vq_loss(rounding, x, None, None, commitment=0.0).sum()
     loss.backward()
-    assert q.book.grad.abs().sum() > 0 and all(p.grad is None or not p.grad.any() for p in rounding.encoder.parameters())
+    assert q.book.grad.abs().sum() > 0 and all(
+        p.grad is None or not p.grad.any() for p in rounding.encoder.parameters()
+    )
 
 
 def test_dead_codes_begin_anew_on_what_was_seen_and_others_stay():

@@ -28,6 +28,7 @@ def artifact_makers() -> dict:
         train_weak,
     )
     from diffusion_nb.experiments.judge import JudgeRecipe, train_judge
+    from diffusion_nb.experiments.latent import AutoencoderRecipe, LatentRecipe, train_mnist_codec, train_mnist_latent
     from diffusion_nb.experiments.pictures import (
         PictureJudgeRecipe,
         train_fashion,
@@ -78,5 +79,8 @@ def artifact_makers() -> dict:
         "references": (make_references, of("references", ReferenceRecipe)),
         "emoji_judge": (train_emoji_judge, of("judge.emoji", EmojiJudgeRecipe)),
         "emoji": (train_emoji, of("emoji", CaptionRecipe)),
+        "mnist_kl": (train_mnist_codec, of("19_latent.mnist-kl", AutoencoderRecipe)),
+        "mnist_vq": (train_mnist_codec, of("19_latent.mnist-vq", AutoencoderRecipe)),
+        "mnist_latent": (train_mnist_latent, of("19_latent.mnist", LatentRecipe)),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
     }
