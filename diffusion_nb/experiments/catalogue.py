@@ -28,7 +28,12 @@ def artifact_makers() -> dict:
         train_weak,
     )
     from diffusion_nb.experiments.judge import JudgeRecipe, train_judge
-    from diffusion_nb.experiments.latent import AutoencoderRecipe, LatentRecipe, train_mnist_codec, train_mnist_latent
+    from diffusion_nb.experiments.latent import (
+        AutoencoderRecipe,
+        LatentRecipe,
+        train_mnist_codec,
+        train_mnist_latent,
+    )
     from diffusion_nb.experiments.pictures import (
         PictureJudgeRecipe,
         train_fashion,

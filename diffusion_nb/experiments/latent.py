@@ -1,6 +1,7 @@
 """Autoencoders and latent diffusion models of MNIST and of emoji (notebook 19)."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -208,7 +209,11 @@ def latent_trainer(r: LatentRecipe, z: Float[Tensor, "n 2*c h w"], texts: Sequen
     "The trainer of a model of latents z, means and deviations as `latents` makes them, with a text for each. options: those of `Trainer`."
     denoiser = latent_denoiser(r, (z.shape[1] // 2, *z.shape[2:]))
     reader, loss = denoiser.net.context, partial(latent_loss, loss=partial(denoising_loss, weight=chosen(r)[2]))
-    return Trainer(denoiser, z, loss=loss, cond={"y": reader.told(texts)}, null=reader.null, **r.options(), **options)  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "x0: pictures are expected")  # latents go beyond [-1, 1]
+        return Trainer(
+            denoiser, z, loss=loss, cond={"y": reader.told(texts)}, null=reader.null, **r.options(), **options
+        )
 
 
 @torch.no_grad()

@@ -104,6 +104,7 @@ class GuidanceConditionedUNet(nn.Module):
         plane = expand_as(w / self.most, x).expand(len(x), 1, *x.shape[2:])
         return self.net(torch.cat([x, plane], dim=1), t, y)
 
+# %% ../../nbs/19_latent.ipynb #bd6551f5
 import difflib
 from collections.abc import Callable, Sequence
 
@@ -113,9 +114,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffusion_nb.nets.unet import norm, zero
+from .unet import norm, zero
 
-
+# %% ../../nbs/19_latent.ipynb #44f30397
 class CrossAttention(nn.Module):
     "Every pixel attends to the tokens of a context, added to what came in; it starts as the identity. (Rombach et al. 2022, section 3.3)"
 
@@ -134,7 +135,7 @@ class CrossAttention(nn.Module):
         mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n c -> b n (heads c)")
         return h + rearrange(self.out(mixed), "b (y x) c -> b c y x", y=h.shape[2])
 
-
+# %% ../../nbs/19_latent.ipynb #05b3813c
 class TokenReader(nn.Module):
     """Numbers of words, or of letters, ↦ as many vectors of `dim` numbers, mixed by one transformer layer: a `context` of `UNet`.
 
@@ -142,7 +143,9 @@ class TokenReader(nn.Module):
     length: the most words in a text. split: text ↦ its words (`list`: its letters).
     """
 
-    def __init__(self, vocabulary: Sequence[str], length: int, dim: int, split: Callable = str.split, heads: int = 4):
+    def __init__(
+        self, vocabulary: Sequence[str], length: int, dim: int, split: Callable = str.split, heads: int = 4
+    ):
         super().__init__()
         self.vocabulary, self.length, self.dim, self.split = tuple(vocabulary), length, dim, split
         self.embed = nn.Embedding(len(vocabulary) + 1, dim)
@@ -178,6 +181,8 @@ class TokenReader(nn.Module):
     def check_y(self, y: Tensor) -> None:
         "Raise ValueError unless these are numbers of tokens."
         if y.ndim != 2 or y.shape[1] != self.length or y.is_floating_point():
-            raise ValueError(f"y: expected {self.length} whole numbers for each picture; got {y.dtype} {tuple(y.shape)}")
+            raise ValueError(
+                f"y: expected {self.length} whole numbers for each picture; got {y.dtype} {tuple(y.shape)}"
+            )
         if not y.is_cuda and y.numel() and not 0 <= y.min() <= y.max() <= len(self.vocabulary):
             raise ValueError(f"y: expected numbers from 0 to {len(self.vocabulary)}; got {y.min()} to {y.max()}")
