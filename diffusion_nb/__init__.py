@@ -54,7 +54,7 @@ FACE = {
     "experiments.digits": "digit_denoiser",
     "experiments.pictures": "mnist_denoiser fashion_denoiser cifar10_denoiser draw_pictures",
     "experiments.emoji": "emoji_denoiser draw_captions",
-    "experiments.latent": "mnist_codec mnist_latent emoji_codec emoji_latent draw_through",
+    "experiments.latent": "mnist_codec mnist_latent draw_through",
 }
 HOME = {name: module for module, names in FACE.items() for name in names.split()}
 __all__ = ["__version__", *HOME]

@@ -164,7 +164,7 @@ def train_emoji_codec(r: AutoencoderRecipe, **options) -> tuple[dict, dict]:
 
 
 def emoji_codec() -> Codec:
-    "The autoencoder of emoji at 64×64 (artifact `emoji_kl`)."
+    "The autoencoder of emoji at 64×64 (artifact `emoji_kl`, which does not come with the book: the first call trains it)."
     r = settings("19_latent.emoji-kl", AutoencoderRecipe)
     return unpacked(r, 3, artifact("emoji_kl", train_emoji_codec, r)[0])
 
@@ -301,7 +301,7 @@ def judged_latent(codec: Codec, denoiser: NetDenoiser, data: Emoji, w: float = 2
 
 
 def emoji_latent() -> NetDenoiser:
-    "The latent diffusion model of emoji (artifact `emoji_latent`), in eval mode."
+    "The latent diffusion model of emoji (artifact `emoji_latent`, which does not come with the book: the first call trains it), in eval mode."
     r = settings("19_latent.emoji", LatentRecipe)
     return unpacked_words(r, dict(artifact("emoji_latent", train_emoji_latent, r)[0]))
 
