@@ -233,7 +233,8 @@ def test_a_model_of_latents_learns_and_draws_from_texts():
     denoiser = trainer.fit()
     assert trainer.step == 3 and not torch.equal(denoiser.net.context.embed.weight, latent_denoiser(r, (4, 7, 7)).net.context.embed.weight)  # fmt: skip
     z = draw_latents(denoiser, ["one", "two"], (4, 7, 7), 1.0, 4)
-    assert z.shape == (2, 4, 7, 7) and z.isfinite().all()
+    assert z.shape == (2, 4, 7, 7) and z.isfinite().all() and z.std() > 0.1 and -6 <= z.min() < 0 < z.max() <= 6
+    assert (z[0] - z[1]).abs().mean() > 0.1  # other noise, another drawing
     assert torch.allclose(z[1:], draw_latents(denoiser, ["two"], (4, 7, 7), 1.0, 4, first=1), atol=1e-5)
 
 

@@ -230,7 +230,7 @@ def draw_latents(
     y, noise = reader.told(texts), Noise(range(first, first + len(texts)), shape)(0)
     ts = edm_grid(denoiser.schedule, steps, 0.02, 80.0)
     guided = CFG(denoiser, w, reader.null) if w else denoiser
-    return dpmpp_2m(Clip(guided, 6.0), denoiser.schedule(ts[0])[1].float() * noise, ts, y=y)
+    return dpmpp_2m(Clip(guided, -6.0, 6.0), denoiser.schedule(ts[0])[1].float() * noise, ts, y=y)
 
 
 @torch.no_grad()
