@@ -85,6 +85,7 @@ def artifact_makers() -> dict:
         "emoji_judge": (train_emoji_judge, of("judge.emoji", EmojiJudgeRecipe)),
         "emoji": (train_emoji, of("emoji", CaptionRecipe)),
         "mnist_kl": (train_mnist_codec, of("19_latent.mnist-kl", AutoencoderRecipe)),
+        "mnist_vq": (train_mnist_codec, of("19_latent.mnist-vq", AutoencoderRecipe)),
         "mnist_latent": (train_mnist_latent, of("19_latent.mnist", LatentRecipe)),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
     }
