@@ -13,6 +13,7 @@ def artifact_makers() -> dict:
         run_from_fewer,
         run_guided,
     )
+    from diffusion_nb.experiments.dit import DiTComparison, run_comparison, train_mnist_dit
     from diffusion_nb.experiments.drawings import (
         draw_by_ladder,
         draw_with_variances,
@@ -54,6 +55,7 @@ def artifact_makers() -> dict:
     )
     from diffusion_nb.recipes.captions import CaptionRecipe
     from diffusion_nb.recipes.diffusion import recipe
+    from diffusion_nb.recipes.dit import dit_recipe
     from diffusion_nb.recipes.settings import settings as of
 
     return {
@@ -88,4 +90,6 @@ def artifact_makers() -> dict:
         "mnist_vq": (train_mnist_codec, of("19_latent.mnist-vq", AutoencoderRecipe)),
         "mnist_latent": (train_mnist_latent, of("19_latent.mnist", LatentRecipe)),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
+        "dit": (run_comparison, of("24_dit", DiTComparison)),
+        "mnist_dit": (train_mnist_dit, dit_recipe("mnist-small")),
     }

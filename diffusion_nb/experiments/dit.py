@@ -1,0 +1,167 @@
+"""Diffusion transformers beside the U-Net (notebook 24)."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diffusion_nb.data import Pictures, data_set, digits
+from diffusion_nb.denoisers import Denoiser, NetDenoiser, predict_v
+from diffusion_nb.experiments.artifacts import artifact
+from diffusion_nb.experiments.digits import draw_digits
+from diffusion_nb.experiments.evaluation import reference
+from diffusion_nb.experiments.judge import digit_judge, mnist_judge
+from diffusion_nb.experiments.pictures import halved, judge_pictures, trained_on
+from diffusion_nb.losses.simple import denoising_loss, snr_plus_one
+from diffusion_nb.metrics.features import frechet_distance
+from diffusion_nb.nets.dit import AdaLNZero, CrossAttend, DiT, InContext
+from diffusion_nb.nets.unet import UNet, parameters
+from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.diffusion import Training, recipe_trainer
+from diffusion_nb.recipes.dit import DiTRecipe, dit_denoiser, dit_recipe
+from diffusion_nb.recipes.settings import settings
+from diffusion_nb.schedules import CosineSchedule
+from diffusion_nb.training.trainer import Trainer
+from diffusion_nb.util.profiling import flops
+
+
+@dataclass(frozen=True)
+class DiTComparison(Training):
+    """How the networks of the comparison are trained: each at the best of `rates`, found by `pilot` steps of another seed.
+
+    They are looked at after steps / k steps for k in `parts`, by `drawn` drawings of `calls` calls.
+    """
+
+    steps: int = 600
+    ema: float = 0.995
+    seeds: int = 3
+    rates: tuple[float, ...] = (0.0015, 0.003, 0.006)
+    pilot: int = 100
+    parts: tuple[int, ...] = (4, 2, 1)
+    drawn: int = 300
+    calls: int = 20
+
+
+SIZES = ("adaLN-Zero, small", "adaLN-Zero", "adaLN-Zero, large")
+KINDS = ("U-Net", "adaLN-Zero", "cross-attention", "in-context")
+CONTENDERS = (*KINDS, SIZES[0], SIZES[2])
+TRANSFORMERS = {  # block and width
+    "adaLN-Zero": (AdaLNZero, 72), "cross-attention": (CrossAttend, 68), "in-context": (InContext, 68),
+    "adaLN-Zero, small": (AdaLNZero, 36), "adaLN-Zero, large": (AdaLNZero, 104),
+}  # fmt: skip
+
+
+def contender(name: str, shape: tuple[int, int, int], seed: int, patch: int = 2, classes: int = 10) -> nn.Module:
+    "A fresh network of CONTENDERS for pictures, or latents, of this shape. On 8×8 digits the KINDS need about as many operations."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "U-Net":
+            return UNet(shape[0], 16, (1, 2), 1, (1,), classes=classes)
+        block, width = TRANSFORMERS[name]
+        return DiT(shape[0], shape[1], patch, width, 4, 4, classes, block, waves=64)
+
+
+@torch.no_grad()
+def held_out_loss(denoiser: Denoiser, x: Float[Tensor, "n c h w"], y: Tensor, copies: int = 8) -> float:
+    "The mean loss of v on held-out pictures, each at `copies` times: the same times and noise for every denoiser."
+    x, y = x.repeat(copies, 1, 1, 1), y.repeat(copies)
+    t = (torch.arange(len(x)) * 0.6180339887498949 + 0.5 / len(x)) % 1  # evenly spread over the copies of each
+    noise = Noise(torch.arange(len(x)) + 2**21, x.shape[1:])(0)
+    return denoising_loss(denoiser, x, t.clamp(min=1e-3), noise, weight=snr_plus_one, y=y).mean().item()
+
+
+def trained(r: DiTComparison, name: str, seed: int, lr: float, data: Pictures, look: Callable | None = None) -> Denoiser:  # fmt: skip
+    "A contender, trained; `look(trainer)` after each step."
+    denoiser = NetDenoiser(contender(name, tuple(data.x.shape[1:]), seed), CosineSchedule(), predict_v)
+    options = replace(r, lr=lr, seed=seed).options() | dict(loss=partial(denoising_loss, weight=snr_plus_one))
+    return Trainer(denoiser, data.x, cond={"y": data.y}, null=10, device="cpu", hooks=[look] if look else [], **options).fit()
+
+
+def best_rate(r: DiTComparison, name: str, data: Pictures) -> Float[Tensor, " rates"]:
+    "The held-out loss of short trainings at each of the rates."
+    short = replace(r, steps=r.pilot, warmup=min(r.warmup, r.pilot // 3))
+    return torch.tensor([held_out_loss(trained(short, name, 99, lr, data), data.x_test, data.y_test) for lr in r.rates])
+
+
+def course(
+    r: DiTComparison, name: str, seed: int, lr: float, data: Pictures, score: Callable
+) -> tuple[Tensor, Tensor]:
+    "One training: (step, processor seconds, held-out loss, score(averaged denoiser)[0]) at each mark, and score(…)[1] at the end."
+    marks, rows, spent, since, last = [r.steps // k for k in r.parts], [], 0.0, time.process_time(), None
+
+    def look(trainer):
+        nonlocal spent, since, last
+        if trainer.step in marks:
+            spent += time.process_time() - since
+            value, last = score(trainer.average.eval())
+            rows.append([trainer.step, spent, held_out_loss(trainer.average, data.x_test, data.y_test), value])
+            since = time.process_time()
+
+    trained(r, name, seed, lr, data, look)
+    return torch.tensor(rows), last
+
+
+@torch.no_grad()
+def score_digits(r: DiTComparison, denoiser: Denoiser) -> tuple[float, Tensor]:
+    "The Fréchet distance of drawn digits to the training digits, and 40 of the drawings as their grey levels, 0 to 16."
+    x, _ = draw_digits(denoiser, torch.arange(r.drawn) + 2**20, r.calls)
+    found = frechet_distance(digit_judge().features(x.clamp(-1, 1)), reference().features)
+    return found, (8 * (x[:40].clamp(-1, 1) + 1)).round().to(torch.uint8)
+
+
+def compare(r: DiTComparison, data: Pictures, score: Callable) -> dict[str, Tensor]:
+    "All contenders and seeds on pictures, or latents: the losses of the pilots, the courses (contenders, seeds, marks, 4), and what the first seed of each drew."
+    rates = torch.stack([best_rate(r, name, data) for name in CONTENDERS])
+    best = [r.rates[k] for k in rates.argmin(1).tolist()]
+    runs = [[course(r, name, seed, lr, data, score) for seed in range(r.seeds)] for name, lr in zip(CONTENDERS, best, strict=True)]  # fmt: skip
+    return {
+        "rates": rates,
+        "courses": torch.stack([torch.stack([rows for rows, _ in of_one]) for of_one in runs]),
+        "drawings": torch.stack([of_one[0][1] for of_one in runs]),
+    }
+
+
+def sizes(shape: tuple[int, int, int]) -> Float[Tensor, "contenders 2"]:
+    "Parameters, and floating-point operations of one call with one picture, of each contender."
+    counts = []
+    for name in CONTENDERS:
+        net = contender(name, shape, 0)
+        given = torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        counts.append([parameters(net), flops(lambda net=net, given=given: net(*given))])
+    return torch.tensor(counts, dtype=torch.float64)
+
+
+def run_comparison(r: DiTComparison) -> tuple[dict, dict]:
+    "The comparison on digits, and the mean of each contender's last loss and Fréchet distance."
+    data = digits()
+    found = compare(r, data, partial(score_digits, r))
+    ends = found["courses"][:, :, -1].mean(1)
+    return found, {
+        name: {"loss": round(row[2].item(), 4), "Fréchet distance": round(row[3].item(), 2), "seconds": round(row[1].item(), 1)}
+        for name, row in zip(CONTENDERS, ends, strict=True)
+    }  # fmt: skip
+
+
+def comparison() -> dict[str, Tensor]:
+    "What `compare` found on digits (artifact `dit`, [24_dit])."
+    return artifact("dit", run_comparison, settings("24_dit", DiTComparison))[0]
+
+
+def train_mnist_dit(r: DiTRecipe) -> tuple[dict, dict]:
+    "The weights of a transformer that draws MNIST, in float16, and the judge's verdict."
+    data = data_set(r.data).load()
+    fresh = dit_denoiser(r, tuple(data.x.shape[1:]))
+    denoiser = recipe_trainer(r, data.x, data.y, denoiser=fresh).fit()
+    return halved(denoiser.net), judge_pictures(denoiser, data, mnist_judge(), 0.5) | trained_on()
+
+
+def mnist_dit() -> NetDenoiser:
+    "The transformer that draws MNIST, y = 0…9 or 10 for any (artifact `mnist_dit`, [dit.mnist-small]), in eval mode, without gradients."
+    r = dit_recipe("mnist-small")
+    denoiser = dit_denoiser(r, (1, 28, 28))
+    denoiser.net.load_state_dict(artifact("mnist_dit", train_mnist_dit, r)[0])
+    return denoiser.eval().requires_grad_(False)
