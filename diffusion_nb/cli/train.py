@@ -18,7 +18,7 @@ class Train:
     out: str | None = None
     "Folder to write, if not runs/DATA."
     recipe: str | None = None
-    "Section [recipe.NAME] of settings.ini, if not that of the data set; [recipe.pictures] for one's own."
+    "Section [recipe.NAME] of settings.ini, if not that of the data set; [recipe.pictures] for one's own. ([vdm.NAME] and [dit.NAME] with these options.)"
     size: int | None = None
     "Pixels to which the pictures of a folder, or of hf:NAME, are cropped and resized."
     from_: Annotated[str | None, arg(name="from")] = None
@@ -30,11 +30,13 @@ class Train:
     lr: float | None = None
     "Peak learning rate, if not the recipe's."
     width: int | None = None
-    "Channels of the U-Net, if not the recipe's."
+    "Channels of the network, if not the recipe's."
     seed: int | None = None
     "Of everything, if not the recipe's."
     vdm: bool = False
     "For the bound, on a schedule that is learned (notebook 16); digits or cifar10."
+    dit: bool = False
+    "A diffusion transformer instead of a U-Net (notebook 24); sections [dit.NAME] of settings.ini. Its --width is a multiple of 4 and of its heads."
     minutes: float | None = None
     "Stop after so many minutes; the same command goes on from there."
     every: int = 1000
@@ -117,12 +119,21 @@ def pictures_of(args: Train):
 def recipe_of(args: Train, classes: int | None):
     "The recipe that was asked for, or that of the data set, with what the command line changes."
     from diffusion_nb.recipes.diffusion import recipe
+    from diffusion_nb.recipes.dit import dit_recipe
     from diffusion_nb.recipes.vdm import vdm_recipe
 
+    kind = {"diffusion": recipe, "vdm": vdm_recipe, "dit": dit_recipe}[family_of(args)]
     name = args.recipe or (args.data if classes is None else "pictures")
     given = {k: v for k in ("steps", "batch", "lr", "width", "seed") if (v := getattr(args, k)) is not None}
     own = {} if classes is None else {"data": args.data, "classes": classes}
-    return replace((vdm_recipe if args.vdm else recipe)(name), **own, **given)
+    return replace(kind(name), **own, **given)
+
+
+def family_of(args: Train) -> str:
+    "The family of the model that was asked for."
+    if args.vdm and args.dit:
+        raise ValueError("--vdm and --dit are two kinds of models: say one")
+    return "vdm" if args.vdm else "dit" if args.dit else "diffusion"
 
 
 def prepared(args: Train, team, out: Path):
@@ -138,7 +149,7 @@ def prepared(args: Train, team, out: Path):
     check_numbers(every=(args.every, 1), keep=(args.keep, 1), accumulate=(args.accumulate, 1), grids=(args.grids, 0), workers=(args.workers, 0))  # fmt: skip
     x, y, classes, shape, levels = pictures_of(args)
     r = recipe_of(args, classes)
-    about = About("vdm" if args.vdm else "diffusion", r, shape, levels, start=args.from_)
+    about = About(family_of(args), r, shape, levels, start=args.from_)
     device, denoiser = torch.device(args.device) if args.device else team.device, about.fresh()
     if args.from_:
         fill(denoiser, own_tensors(Model.load(args.from_).denoiser), f"--from {args.from_}")
@@ -210,7 +221,9 @@ def train(args: Train) -> int:
     from diffusion_nb.models.model import Model
     from diffusion_nb.training.sharding import process_group
 
-    out = Path(args.out or f"runs/{'vdm-' if args.vdm else ''}{Path(args.data).stem}")
+    out = Path(
+        args.out or f"runs/{'' if family_of(args) == 'diffusion' else family_of(args) + '-'}{Path(args.data).stem}"
+    )
     with process_group(cpu=args.device == "cpu") as team:
         trainer, about = prepared(args, team, out)
         resumed, start = trainer.step, time.perf_counter()

@@ -36,11 +36,12 @@ class DiTComparison(Training):
     They are looked at after steps / k steps for k in `parts`, by `drawn` drawings of `calls` calls.
     """
 
-    steps: int = 600
+    steps: int = 400
+    warmup: int = 50
     ema: float = 0.995
     seeds: int = 3
-    rates: tuple[float, ...] = (0.0015, 0.003, 0.006)
-    pilot: int = 100
+    rates: tuple[float, ...] = (0.002, 0.004, 0.008)
+    pilot: int = 80
     parts: tuple[int, ...] = (4, 2, 1)
     drawn: int = 300
     calls: int = 20
@@ -50,8 +51,8 @@ SIZES = ("adaLN-Zero, small", "adaLN-Zero", "adaLN-Zero, large")
 KINDS = ("U-Net", "adaLN-Zero", "cross-attention", "in-context")
 CONTENDERS = (*KINDS, SIZES[0], SIZES[2])
 TRANSFORMERS = {  # block and width
-    "adaLN-Zero": (AdaLNZero, 72), "cross-attention": (CrossAttend, 68), "in-context": (InContext, 68),
-    "adaLN-Zero, small": (AdaLNZero, 36), "adaLN-Zero, large": (AdaLNZero, 104),
+    "adaLN-Zero": (AdaLNZero, 36), "cross-attention": (CrossAttend, 32), "in-context": (InContext, 32),
+    "adaLN-Zero, small": (AdaLNZero, 20), "adaLN-Zero, large": (AdaLNZero, 72),
 }  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def contender(name: str, shape: tuple[int, int, int], seed: int, patch: int = 2,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "U-Net":
-            return UNet(shape[0], 16, (1, 2), 1, (1,), classes=classes)
+            return UNet(shape[0], 8, (1, 2), 1, (1,), classes=classes)
         block, width = TRANSFORMERS[name]
         return DiT(shape[0], shape[1], patch, width, 4, 4, classes, block, waves=64)
 
@@ -78,13 +79,17 @@ def trained(r: DiTComparison, name: str, seed: int, lr: float, data: Pictures, l
     "A contender, trained; `look(trainer)` after each step."
     denoiser = NetDenoiser(contender(name, tuple(data.x.shape[1:]), seed), CosineSchedule(), predict_v)
     options = replace(r, lr=lr, seed=seed).options() | dict(loss=partial(denoising_loss, weight=snr_plus_one))
-    return Trainer(denoiser, data.x, cond={"y": data.y}, null=10, device="cpu", hooks=[look] if look else [], **options).fit()
+    return Trainer(
+        denoiser, data.x, cond={"y": data.y}, null=10, device="cpu", hooks=[look] if look else [], **options
+    ).fit()
 
 
 def best_rate(r: DiTComparison, name: str, data: Pictures) -> Float[Tensor, " rates"]:
     "The held-out loss of short trainings at each of the rates."
     short = replace(r, steps=r.pilot, warmup=min(r.warmup, r.pilot // 3))
-    return torch.tensor([held_out_loss(trained(short, name, 99, lr, data), data.x_test, data.y_test) for lr in r.rates])
+    return torch.tensor(
+        [held_out_loss(trained(short, name, 99, lr, data), data.x_test, data.y_test) for lr in r.rates]
+    )
 
 
 def course(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffusion_nb.denoisers import DenoiserConsistency
 from diffusion_nb.recipes.captions import CaptionRecipe, caption_denoiser
 from diffusion_nb.recipes.diffusion import NetRecipe, Recipe, recipe_denoiser
+from diffusion_nb.recipes.dit import DiTRecipe, dit_denoiser
 from diffusion_nb.recipes.settings import typed
 from diffusion_nb.recipes.vdm import VDMRecipe, vdm_denoiser
 from diffusion_nb.util.checks import check_numbers
@@ -20,6 +21,7 @@ FAMILIES = {  # the kind of recipe, and what builds its network
     "diffusion": (Recipe, recipe_denoiser),
     "vdm": (VDMRecipe, vdm_denoiser),
     "captions": (CaptionRecipe, caption_denoiser),
+    "dit": (DiTRecipe, dit_denoiser),
     "student": (Recipe, recipe_denoiser),  # of progressive distillation
     "consistency": (Recipe, lambda r, shape: DenoiserConsistency(recipe_denoiser(r, shape))),
 }

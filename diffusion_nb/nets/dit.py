@@ -143,18 +143,26 @@ class DiT(nn.Module):
     ----------
     channels, size: of the pictures, (channels, size, size); channels_out: where other than channels, such as twice as many for noise and covariance. patch: the side of a patch.
     width, depth, heads: channels of a token (a multiple of 4 and of heads), number of blocks, heads of attention.
-    classes: the number of labels y; y = classes means "any". block: `AdaLNZero`, `InContext` or `CrossAttend`. waves: how many numbers tell the time.
+    classes: the number of labels y; y = classes means "any". block: `AdaLNZero`, `InContext` or `CrossAttend`. waves, time_embedding: how many numbers tell the time, and which.
     Raises ValueError where these do not fit together.
     """
 
     def __init__(self, channels: int = 4, size: int = 32, patch: int = 2, width: int = 384, depth: int = 12, heads: int = 6, classes: int = 1000,
-                 block: Callable = AdaLNZero, channels_out: int = 0, waves: int = 256):  # fmt: skip
+                 block: Callable = AdaLNZero, channels_out: int = 0, waves: int = 256, time_embedding: Callable = cos_first_embedding):  # fmt: skip
         super().__init__()
         if size % patch or width % heads:
             raise ValueError(f"expected a size that is a multiple of patch, and a width that is one of heads; got size {size}, patch {patch}, width {width}, heads {heads}")  # fmt: skip
-        self.channels, self.size, self.patch, self.waves = channels, size, patch, waves
+        self.channels, self.size, self.patch, self.waves, self.time_embedding = (
+            channels,
+            size,
+            patch,
+            waves,
+            time_embedding,
+        )
         self.stem = nn.Linear(channels * patch**2, width)
-        self.register_buffer("positions", sincos_positions(size // patch, size // patch, width).float(), persistent=False)
+        self.register_buffer(
+            "positions", sincos_positions(size // patch, size // patch, width).float(), persistent=False
+        )
         self.time = nn.Sequential(nn.Linear(waves, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.blocks = nn.ModuleList(block(width, heads) for _ in range(depth))
@@ -177,12 +185,12 @@ class DiT(nn.Module):
 
     def told(self, t: Float[Tensor, " b"], y: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "b m d"]:
         "The embedding of the time, and of the label, if there is one."
-        time = self.time(cos_first_embedding(t, self.waves).to(dtype))
+        time = self.time(self.time_embedding(t, self.waves).to(dtype))
         return torch.stack([time] if self.label is None else [time, self.label(y)], dim=1)
 
     def forward(self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], y: Int[Tensor, " b"] | None = None) -> Float[Tensor, "b d h w"]:  # fmt: skip
         "The output for pictures x at network times t (0 to 1000), labels y if the network has classes."
-        self.check(x, y)
+        self._check(x, y)
         told = self.told(t, y, x.dtype)
         h = self.blocks[0].enter(self.stem(patchify(x, self.patch)) + self.positions, told)
         for block in self.blocks:
@@ -193,10 +201,12 @@ class DiT(nn.Module):
             h = h * (1 + scale) + shift
         return unpatchify(self.head(h), self.patch, self.size // self.patch)
 
-    def check(self, x: Tensor, y: Tensor | None) -> None:
+    def _check(self, x: Tensor, y: Tensor | None) -> None:
         "Raise ValueError unless these are pictures and labels of this network."
         if x.shape[1:] != (self.channels, self.size, self.size):
-            raise ValueError(f"x: expected pictures of {(self.channels, self.size, self.size)}; got {tuple(x.shape[1:])}")
+            raise ValueError(
+                f"x: expected pictures of {(self.channels, self.size, self.size)}; got {tuple(x.shape[1:])}"
+            )
         self.check_y(y)
 
     def check_y(self, y: Int[Tensor, " n"] | None) -> None:
@@ -207,4 +217,6 @@ class DiT(nn.Module):
             check_labels(y, self.label.num_embeddings - 1)
 
 
-DIT_S, DIT_B, DIT_L, DIT_XL = (dict(width=w, depth=d, heads=h) for w, d, h in ((384, 12, 6), (768, 12, 12), (1024, 24, 16), (1152, 28, 16)))
+DIT_S, DIT_B, DIT_L, DIT_XL = (
+    dict(width=w, depth=d, heads=h) for w, d, h in ((384, 12, 6), (768, 12, 12), (1024, 24, 16), (1152, 28, 16))
+)
