@@ -36,6 +36,7 @@ FACE = {
     "likelihood.lossless": "LosslessCodec lossless_encode lossless_decode",
     "nets.unet": "UNet",
     "nets.song": "SongUNet",
+    "nets.dit": "DiT",
     "nets.edm2": "EDM2UNet",
     "nets.words": "BagOfWords",
     "nets.autoencoder": "KLAutoencoder",
@@ -53,6 +54,7 @@ FACE = {
     "util.images": "show animate",
     "experiments.digits": "digit_denoiser",
     "experiments.pictures": "mnist_denoiser fashion_denoiser cifar10_denoiser draw_pictures",
+    "experiments.dit": "mnist_dit",
     "experiments.emoji": "emoji_denoiser draw_captions",
     "experiments.latent": "mnist_codec mnist_latent draw_through",
 }

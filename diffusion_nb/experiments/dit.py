@@ -31,16 +31,17 @@ from diffusion_nb.util.profiling import flops
 
 @dataclass(frozen=True)
 class DiTComparison(Training):
-    """How the networks of the comparison are trained: each at the best of `rates`, found by `pilot` steps of another seed.
+    """How the networks of the comparison are trained; `pilot` steps of another seed, at each of `rates`, say what the learning rate does.
 
     They are looked at after steps / k steps for k in `parts`, by `drawn` drawings of `calls` calls.
     """
 
     steps: int = 400
     warmup: int = 50
+    lr: float = 0.008
     ema: float = 0.995
     seeds: int = 3
-    rates: tuple[float, ...] = (0.002, 0.004, 0.008)
+    rates: tuple[float, ...] = (0.002, 0.004, 0.008, 0.016)
     pilot: int = 80
     parts: tuple[int, ...] = (4, 2, 1)
     drawn: int = 300
@@ -75,26 +76,23 @@ def held_out_loss(denoiser: Denoiser, x: Float[Tensor, "n c h w"], y: Tensor, co
     return denoising_loss(denoiser, x, t.clamp(min=1e-3), noise, weight=snr_plus_one, y=y).mean().item()
 
 
-def trained(r: DiTComparison, name: str, seed: int, lr: float, data: Pictures, look: Callable | None = None) -> Denoiser:  # fmt: skip
+def trained(r: DiTComparison, name: str, data: Pictures, look: Callable | None = None) -> Denoiser:  # fmt: skip
     "A contender, trained; `look(trainer)` after each step."
-    denoiser = NetDenoiser(contender(name, tuple(data.x.shape[1:]), seed), CosineSchedule(), predict_v)
-    options = replace(r, lr=lr, seed=seed).options() | dict(loss=partial(denoising_loss, weight=snr_plus_one))
+    denoiser = NetDenoiser(contender(name, tuple(data.x.shape[1:]), r.seed), CosineSchedule(), predict_v)
+    options = r.options() | dict(loss=partial(denoising_loss, weight=snr_plus_one))
     return Trainer(
         denoiser, data.x, cond={"y": data.y}, null=10, device="cpu", hooks=[look] if look else [], **options
     ).fit()
 
 
-def best_rate(r: DiTComparison, name: str, data: Pictures) -> Float[Tensor, " rates"]:
+def by_rate(r: DiTComparison, name: str, data: Pictures) -> Float[Tensor, " rates"]:
     "The held-out loss of short trainings at each of the rates."
-    short = replace(r, steps=r.pilot, warmup=min(r.warmup, r.pilot // 3))
-    return torch.tensor(
-        [held_out_loss(trained(short, name, 99, lr, data), data.x_test, data.y_test) for lr in r.rates]
-    )
+    short = replace(r, steps=r.pilot, warmup=min(r.warmup, r.pilot // 3), seed=99)
+    ends = [trained(replace(short, lr=lr), name, data) for lr in r.rates]
+    return torch.tensor([held_out_loss(denoiser, data.x_test, data.y_test) for denoiser in ends])
 
 
-def course(
-    r: DiTComparison, name: str, seed: int, lr: float, data: Pictures, score: Callable
-) -> tuple[Tensor, Tensor]:
+def course(r: DiTComparison, name: str, seed: int, data: Pictures, score: Callable) -> tuple[Tensor, Tensor]:
     "One training: (step, processor seconds, held-out loss, score(averaged denoiser)[0]) at each mark, and score(…)[1] at the end."
     marks, rows, spent, since, last = [r.steps // k for k in r.parts], [], 0.0, time.process_time(), None
 
@@ -106,7 +104,7 @@ def course(
             rows.append([trainer.step, spent, held_out_loss(trainer.average, data.x_test, data.y_test), value])
             since = time.process_time()
 
-    trained(r, name, seed, lr, data, look)
+    trained(replace(r, seed=seed), name, data, look)
     return torch.tensor(rows), last
 
 
@@ -120,9 +118,8 @@ def score_digits(r: DiTComparison, denoiser: Denoiser) -> tuple[float, Tensor]:
 
 def compare(r: DiTComparison, data: Pictures, score: Callable) -> dict[str, Tensor]:
     "All contenders and seeds on pictures, or latents: the losses of the pilots, the courses (contenders, seeds, marks, 4), and what the first seed of each drew."
-    rates = torch.stack([best_rate(r, name, data) for name in CONTENDERS])
-    best = [r.rates[k] for k in rates.argmin(1).tolist()]
-    runs = [[course(r, name, seed, lr, data, score) for seed in range(r.seeds)] for name, lr in zip(CONTENDERS, best, strict=True)]  # fmt: skip
+    rates = torch.stack([by_rate(r, name, data) for name in CONTENDERS])
+    runs = [[course(r, name, seed, data, score) for seed in range(r.seeds)] for name in CONTENDERS]
     return {
         "rates": rates,
         "courses": torch.stack([torch.stack([rows for rows, _ in of_one]) for of_one in runs]),

@@ -26,7 +26,7 @@ class DiTRecipe(Recipe):
     heads: int = 4
     waves: int = 64
     kind: Literal[*BLOCKS] = "adaln-zero"
-    steps: int = 1800
+    steps: int = 1200
     batch: int = 96
     lr: float = 0.002
     warmup: int = 200
