@@ -54,7 +54,6 @@ FACE = {
     "util.images": "show animate",
     "experiments.digits": "digit_denoiser",
     "experiments.pictures": "mnist_denoiser fashion_denoiser cifar10_denoiser draw_pictures",
-    "experiments.dit": "mnist_dit",
     "experiments.emoji": "emoji_denoiser draw_captions",
     "experiments.latent": "mnist_codec mnist_latent draw_through",
 }

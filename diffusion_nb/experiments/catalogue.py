@@ -13,7 +13,7 @@ def artifact_makers() -> dict:
         run_from_fewer,
         run_guided,
     )
-    from diffusion_nb.experiments.dit import DiTComparison, run_comparison, train_mnist_dit
+    from diffusion_nb.experiments.dit import DiTComparison, run_comparison
     from diffusion_nb.experiments.drawings import (
         draw_by_ladder,
         draw_with_variances,
@@ -55,7 +55,6 @@ def artifact_makers() -> dict:
     )
     from diffusion_nb.recipes.captions import CaptionRecipe
     from diffusion_nb.recipes.diffusion import recipe
-    from diffusion_nb.recipes.dit import dit_recipe
     from diffusion_nb.recipes.settings import settings as of
 
     return {
@@ -91,5 +90,4 @@ def artifact_makers() -> dict:
         "mnist_latent": (train_mnist_latent, of("19_latent.mnist", LatentRecipe)),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
         "dit": (run_comparison, of("24_dit", DiTComparison)),
-        "mnist_dit": (train_mnist_dit, dit_recipe("mnist-small")),
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion_nb.denoisers import NetDenoiser, step_index
 from diffusion_nb.models.diffusers import WEIGHTS, betas_of
 from diffusion_nb.models.model import fill
-from diffusion_nb.nets.dit import AdaLNZero, DiT
+from diffusion_nb.nets.dit import DiT
 from diffusion_nb.nets.unet import cos_first_embedding, time_embedding
 from diffusion_nb.schedules import DDPMSchedule, linear_betas
 from diffusion_nb.util.storage import own_tensors, read_weights
@@ -41,7 +41,7 @@ def diffusers_time(t: Tensor, dim: int) -> Tensor:
 
 def check_kind(net: DiT) -> None:
     "Raise ValueError for a network that DiT's programs do not have."
-    if not isinstance(net.blocks[0], AdaLNZero) or net.label is None or net.waves != 256:
+    if net.modulation is None or net.label is None or net.waves != 256:
         raise ValueError("expected a transformer with blocks of the kind AdaLNZero, with classes, and with 256 waves for the time")  # fmt: skip
 
 

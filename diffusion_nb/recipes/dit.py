@@ -26,9 +26,9 @@ class DiTRecipe(Recipe):
     heads: int = 4
     waves: int = 64
     kind: Literal[*BLOCKS] = "adaln-zero"
-    steps: int = 1200
+    steps: int = 6000
     batch: int = 96
-    lr: float = 0.002
+    lr: float = 0.004
     warmup: int = 200
     ema: float = 0.998
 
