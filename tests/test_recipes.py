@@ -12,6 +12,7 @@ from diffusion_nb.denoisers import DenoiserConsistency
 from diffusion_nb.experiments.catalogue import artifact_makers
 from diffusion_nb.recipes import consistency, distillation, vdm
 from diffusion_nb.recipes.diffusion import recipe, recipe_denoiser, recipe_trainer
+from diffusion_nb.recipes.dit import dit_denoiser, dit_recipe
 from diffusion_nb.recipes.settings import settings
 
 INI = configparser.ConfigParser(interpolation=None)
@@ -53,6 +54,13 @@ def test_vdm_recipes(name, profile):
     trainer(name, vdm.vdm_trainer, vdm.vdm_recipe(name))
 
 
+@pytest.mark.parametrize("name", kind("dit"))
+def test_dit_recipes(name, profile):
+    r = dit_recipe(name)
+    denoiser = dit_denoiser(replace(r, blocks=1), SIZES[r.data][0])
+    recipe_trainer(replace(r, batch=2), *pictures(r.data, r.classes)[:2], denoiser=denoiser, device="cpu")
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_consistency_recipes(name, profile):
     r, teacher = settings(f"consistency.{name}", consistency.ConsistencyRecipe), recipe(name)
@@ -70,7 +78,7 @@ def test_no_section_is_left_out():
     "What is not a recipe is a notebook's, or an artifact's."
     makers = artifact_makers()
     assert makers and all(is_dataclass(r) for _, r in makers.values())
-    others = [s for s in NAMES if not s.startswith(("recipe.", "vdm.", "consistency.", "distill."))]
+    others = [s for s in NAMES if not s.startswith(("recipe.", "vdm.", "dit.", "consistency.", "distill."))]
     text = "".join(
         p.read_text()
         for folder in ("nbs", "diffusion_nb")
