@@ -39,6 +39,7 @@ FACE = {
     "nets.dit": "DiT",
     "nets.edm2": "EDM2UNet",
     "nets.words": "BagOfWords",
+    "nets.controlnet": "ControlNet",
     "nets.autoencoder": "KLAutoencoder",
     "nets.latent": "SmallAutoencoder",
     "nets.conditioning": "CrossAttention TokenReader",

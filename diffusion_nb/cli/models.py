@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+PICTURES = ".png", ".jpg", ".jpeg", ".bmp", ".webp"
+
 
 def device_name(device) -> str:
     "What a person would call this device."
@@ -17,7 +19,8 @@ def device_name(device) -> str:
 
 
 def load_model(name: str):
-    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10 or emoji."
+    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji or emoji-outlines."
+    from diffusion_nb.experiments.control import emoji_control_model
     from diffusion_nb.experiments.digits import digit_denoiser
     from diffusion_nb.experiments.emoji import emoji_model
     from diffusion_nb.experiments.pictures import cifar10_denoiser, fashion_denoiser, mnist_denoiser
@@ -30,6 +33,7 @@ def load_model(name: str):
         "fashion-mnist": (lambda: (fashion_denoiser(), recipe("fashion-small")), (1, 28, 28), 256),
         "cifar10": (lambda: (cifar10_denoiser(), recipe("cifar10-small")), (3, 32, 32), 256),
         "emoji": (emoji_model, (3, 32, 32), 256),
+        "emoji-outlines": (emoji_control_model, (3, 32, 32), 256),
     }
     if name not in own:
         return Model.load(name)
@@ -39,7 +43,13 @@ def load_model(name: str):
         )
     load, shape, levels = own[name]
     denoiser, r = load()
-    return Model(denoiser, About("captions" if name == "emoji" else "diffusion", r, shape, levels))
+    family = {"emoji": "captions", "emoji-outlines": "control"}.get(name, "diffusion")
+    return Model(denoiser, About(family, r, shape, levels))
+
+
+def reads_captions(model) -> bool:
+    "Whether a model draws from captions."
+    return bool(getattr(model.about.recipe, "words", ()))
 
 
 def names_of(about) -> tuple[str, ...]:
@@ -72,7 +82,7 @@ def condition_of(model, n: int, label: str | None, prompt: str | None) -> dict:
 
     from diffusion_nb.experiments.emoji import SOME_CAPTIONS
 
-    if model.about.family == "captions":
+    if reads_captions(model):
         if label is not None:
             raise ValueError("--label: this model draws from captions; say what with --prompt")
         captions = SOME_CAPTIONS if prompt is None else [c for c in map(str.strip, prompt.split(";")) if c]
@@ -88,6 +98,37 @@ def condition_of(model, n: int, label: str | None, prompt: str | None) -> dict:
 
 def null_of(model):
     "What stands for any label or any caption, in the model's own terms; None where it knows neither."
-    if model.about.family == "captions":
+    if reads_captions(model):
         return model.denoiser.net.label.null
     return model.about.recipe.classes or None
+
+
+def hint_of(model, n: int, path: str | None) -> dict:
+    """The hints of n pictures, from a picture or a folder of pictures, in turn: dark lines of a model in colour, bright strokes of a grey one.
+
+    Raises ValueError where the model takes none, and where there are no pictures.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from diffusion_nb.training.folder import middle_square
+
+    if path is None:
+        return {}
+    if model.about.family != "control":
+        raise ValueError("--hint: this model takes no hint; --model emoji-outlines does")
+    place, (channels, size, _) = Path(path), model.about.shape
+    files = sorted(f for f in place.iterdir() if f.suffix.lower() in PICTURES) if place.is_dir() else [place]
+    if not files or not files[0].exists():
+        raise ValueError(f"--hint: expected a picture, or a folder of pictures ({', '.join(PICTURES)}); got {path}")
+    seen = [middle_square(Image.open(f).convert("RGB" if channels == 3 else "L"), size) for f in files]
+    hints = hints_for(channels)(torch.stack([torch.as_tensor(np.asarray(x)) for x in seen]) / 127.5 - 1)
+    return {"hint": hints[torch.arange(n) % len(hints)]}
+
+
+def hints_for(channels: int):
+    "What makes a hint of a picture: outlines of one in colour, strokes of a grey one."
+    from diffusion_nb.nets.controlnet import outlines, strokes
+
+    return outlines if channels == 3 else strokes

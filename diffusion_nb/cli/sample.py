@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from diffusion_nb.cli.models import condition_of, device_name, load_model, null_of
+from diffusion_nb.cli.models import condition_of, device_name, hint_of, load_model, null_of, reads_captions
 
 
 @dataclass
 class Sample:
     model: str = "digits"
-    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist, fashion-mnist, cifar10 or emoji."
+    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji or emoji-outlines."
     n: Annotated[int, arg(aliases=["--pictures"])] = 64
     "How many pictures (torchrun takes --n for its own: say --pictures)."
     steps: int | None = None
@@ -25,6 +25,8 @@ class Sample:
     "Draw this class only, not all in turn: its number or, for cifar10 and fashion-mnist, its name, such as ship."
     prompt: str | None = None
     "For emoji: draw this caption, such as 'red apple'; of several, with semicolons between them, each in turn."
+    hint: str | None = None
+    "For emoji-outlines, and models of train --control: a picture, or a folder of pictures, whose dark lines (in colour) or bright strokes (grey) are to be followed."
     guidance: float | None = None
     "Classifier-free guidance, the weight w in (w+1) with - w without label; if not given, 2 for emoji, else 0."
     batch: int = 0
@@ -61,7 +63,7 @@ def sample(args: Sample) -> int:
         start = time.perf_counter()
         check_sample(args, model)
         (sampler, ts), denoiser = walk_of(args, model), ready(args, model, device)
-        cond = condition_of(model, args.n, args.label, args.prompt)
+        cond = condition_of(model, args.n, args.label, args.prompt) | hint_of(model, args.n, args.hint)
         generate(file, denoiser, sampler, ts, args.n, model.about.shape, cond=cond or None,
                  first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
         if team.rank == 0:
@@ -102,7 +104,7 @@ def check_sample(args: Sample, model) -> None:
 
 def weight_of(args: Sample, model) -> float:
     "The guidance weight that was asked for, or else 2 for captions, which need it, and 0 for labels."
-    return args.guidance if args.guidance is not None else 2.0 * (model.about.family == "captions")
+    return args.guidance if args.guidance is not None else 2.0 * reads_captions(model)
 
 
 def default_walk(model) -> tuple[str, int]:
@@ -110,9 +112,8 @@ def default_walk(model) -> tuple[str, int]:
     steps = {
         "student": ("ddim", model.about.steps),
         "consistency": ("consistency", 1),
-        "captions": ("dpmpp_2m", 20),
     }
-    return steps.get(model.about.family, ("ddpm", 100))
+    return steps.get(model.about.family, ("dpmpp_2m", 20) if reads_captions(model) else ("ddpm", 100))
 
 
 def walk_of(args: Sample, model):
@@ -239,8 +240,8 @@ def bits(args: BitsOptions) -> int:
     loaded, start = load_model(args.model), time.perf_counter()
     if loaded.about.family == "consistency":
         raise ValueError("--model: a consistency model is no denoiser of a chain, and has no bound on its bits")
-    if loaded.about.family == "captions":
-        raise ValueError("--model: bits are of the labelled data sets; a model of captions has none here")
+    if reads_captions(loaded) or loaded.about.family == "control":
+        raise ValueError("--model: bits are of the labelled data sets; a model of captions, or with a control, has none here")
     model, r = Clip(loaded.denoiser).to(device), loaded.about.recipe
     data = data_set(r.data)
     pictures = data.load()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from diffusion_nb.cli.models import device_name
+from diffusion_nb.cli.models import device_name, hints_for, load_model
 
 
 @dataclass
@@ -33,6 +33,8 @@ class Train:
     "Channels of the network, if not the recipe's."
     seed: int | None = None
     "Of everything, if not the recipe's."
+    control: str | None = None
+    "Train a control of this model instead (notebook 23), a folder or one that comes with the book: strokes of grey pictures, outlines of those in colour, steer it."
     vdm: bool = False
     "For the bound, on a schedule that is learned (notebook 16); digits or cifar10."
     dit: bool = False
@@ -136,11 +138,30 @@ def family_of(args: Train) -> str:
     return "vdm" if args.vdm else "dit" if args.dit else "diffusion"
 
 
+def control_of(args: Train, x, shape):
+    "The recipe of a control of the model that was asked for, and that model with a fresh one. Raises ValueError where the pictures are not those of its kind."
+    import torch
+
+    from diffusion_nb.recipes.control import ControlRecipe, ControlTraining, controlled
+    from diffusion_nb.recipes.settings import settings
+
+    base = load_model(args.control)
+    if base.about.family != "diffusion" or tuple(base.about.shape) != tuple(shape) or not isinstance(x, torch.Tensor):
+        raise ValueError(f"--control: expected a diffusion model of pictures of shape {tuple(shape)}, and a data set that fits into memory; "
+                         f"got a {base.about.family} model of {tuple(base.about.shape)}")  # fmt: skip
+    if args.vdm or args.from_ or args.grids or args.report or args.recipe or args.width:
+        raise ValueError("--control: not with --vdm, --from, --grids, --report, --recipe and --width")
+    given = {k: v for k in ("steps", "batch", "lr", "seed") if (v := getattr(args, k)) is not None}
+    r = ControlRecipe(**asdict(base.about.recipe) | asdict(settings("control", ControlTraining)) | given)
+    return r, controlled(base.denoiser, 1, r.levels)
+
+
 def prepared(args: Train, team, out: Path):
     "The trainer of the model that was asked for, and what that model is."
     import torch
 
     from diffusion_nb.models.model import About, Model, fill
+    from diffusion_nb.recipes.control import control_trainer
     from diffusion_nb.recipes.diffusion import recipe_trainer
     from diffusion_nb.recipes.vdm import vdm_trainer
     from diffusion_nb.util.checks import check_numbers
@@ -148,9 +169,10 @@ def prepared(args: Train, team, out: Path):
 
     check_numbers(every=(args.every, 1), keep=(args.keep, 1), accumulate=(args.accumulate, 1), grids=(args.grids, 0), workers=(args.workers, 0))  # fmt: skip
     x, y, classes, shape, levels = pictures_of(args)
-    r = recipe_of(args, classes)
-    about = About(family_of(args), r, shape, levels, start=args.from_)
-    device, denoiser = torch.device(args.device) if args.device else team.device, about.fresh()
+    r, base = control_of(args, x, shape) if args.control else (recipe_of(args, classes), None)
+    family, start = ("control", args.control) if args.control else (family_of(args), args.from_)
+    about = About(family, r, shape, levels, start=start)
+    device, denoiser = torch.device(args.device) if args.device else team.device, base or about.fresh()
     if args.from_:
         fill(denoiser, own_tensors(Model.load(args.from_).denoiser), f"--from {args.from_}")
     if args.deterministic:
@@ -158,8 +180,9 @@ def prepared(args: Train, team, out: Path):
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.set_float32_matmul_precision("high")  # TF32 where it is not bf16, as in convolutions
     torch.use_deterministic_algorithms(args.deterministic)
-    trainer = (vdm_trainer if args.vdm else recipe_trainer)(
-        r, x, y, denoiser=denoiser, device=device, bf16=args.bf16, compile=args.compile, checkpoint=out / "checkpoint.safetensors",
+    hints = dict(hint=hints_for(shape[0])(x if x.is_floating_point() else x / 127.5 - 1)) if args.control else {}
+    trainer = (control_trainer if args.control else vdm_trainer if args.vdm else recipe_trainer)(
+        r, x, y=y, **hints, denoiser=denoiser, device=device, bf16=args.bf16, compile=args.compile, checkpoint=out / "checkpoint.safetensors",
         save_every=args.every, keep_checkpoints=args.keep, accumulate=args.accumulate, skip=args.skip, shard=args.shard, workers=args.workers,
         hooks=watchers(args, out, denoiser, shape, r.classes, device))  # fmt: skip
     return trainer, about

@@ -5,6 +5,14 @@ def artifact_makers() -> dict:
     "(function, its recipe) for each artifact that comes with the book, those that others need first."
     from diffusion_nb.experiments.ablation import AblationRecipe, run_ablation
     from diffusion_nb.experiments.consistency import DigitsConsistency, run_consistency
+    from diffusion_nb.experiments.control import (
+        digits_control_recipe,
+        emoji_control_recipe,
+        emoji_table_recipe,
+        run_digits_control,
+        run_emoji_control,
+        train_emoji_control,
+    )
     from diffusion_nb.experiments.digits import train_digits
     from diffusion_nb.experiments.distillation import (
         DigitsDistillation,
@@ -88,6 +96,9 @@ def artifact_makers() -> dict:
         "mnist_kl": (train_mnist_codec, of("19_latent.mnist-kl", AutoencoderRecipe)),
         "mnist_vq": (train_mnist_codec, of("19_latent.mnist-vq", AutoencoderRecipe)),
         "mnist_latent": (train_mnist_latent, of("19_latent.mnist", LatentRecipe)),
+        "control_digits": (run_digits_control, digits_control_recipe()),
+        "control_emoji": (train_emoji_control, emoji_control_recipe()),
+        "control_emoji_table": (run_emoji_control, emoji_table_recipe()),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
         "dit": (run_comparison, of("24_dit", DiTComparison)),
     }

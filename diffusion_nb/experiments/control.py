@@ -1,7 +1,7 @@
 """Controls: digits steered by strokes, emoji coloured from their outlines (notebook 23)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser
 from diffusion_nb.emoji import Emoji, emoji
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.digits import digit_denoiser
-from diffusion_nb.experiments.emoji import EmojiJudge, emoji_denoiser, emoji_judge, neighbours, twins
+from diffusion_nb.experiments.emoji import EmojiJudge, emoji_denoiser, emoji_judge, emoji_model, neighbours, twins
 from diffusion_nb.experiments.judge import accuracy_of, digit_judge
 from diffusion_nb.experiments.pictures import trained_on
 from diffusion_nb.grids import edm_grid, even_logsnr_grid
@@ -22,7 +22,7 @@ from diffusion_nb.nets.controlnet import ControlNet, outlines, strokes
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.captions import CaptionRecipe
-from diffusion_nb.recipes.control import ControlTraining, control_trainer, controlled
+from diffusion_nb.recipes.control import ControlRecipe, ControlTraining, control_trainer, controlled
 from diffusion_nb.recipes.diffusion import Recipe, recipe, recipe_denoiser
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.samplers.linear import dpmpp_2m
@@ -60,7 +60,8 @@ def train_emoji_control(r: EmojiControl, **options) -> tuple[dict, dict]:
     x, mirrors, reader = data.x[kept], data.mirrors[kept, None, None, None], control.net.label
     both = torch.cat([x, torch.where(mirrors, x.flip(3), x)])
     y = reader.told([data.captions[i] for i in kept]).repeat(2, 1)
-    trainer = control_trainer(r, control, both, outlines(both), y, reader.null, device=options.pop("device", default_device()), **options)  # fmt: skip
+    options = {"device": default_device()} | options
+    trainer = control_trainer(r, both, y, denoiser=control, hint=outlines(both), null=reader.null, **options)
     trained = trainer.fit().cpu()
     return {k: v.half() for k, v in trained.net.own_state().items()}, trained_on()
 
@@ -69,6 +70,12 @@ def emoji_control() -> NetDenoiser:
     "The model of emoji with its trained control, in eval mode: y counts words, hint is an outline (artifact `control_emoji`, [control.emoji])."
     r = emoji_control_recipe()
     return filled(controlled(emoji_denoiser(), 1, r.levels), artifact("control_emoji", train_emoji_control, r)[0])
+
+
+def emoji_control_model() -> tuple[NetDenoiser, ControlRecipe]:
+    "The same, with the recipe that says what it is."
+    (_, base), r = emoji_model(), emoji_control_recipe()
+    return emoji_control(), ControlRecipe(**asdict(base) | dict(steps=r.steps, batch=r.batch, levels=r.levels, dropped=r.dropped))
 
 
 def filled(control: NetDenoiser, weights: dict[str, Tensor]) -> NetDenoiser:
@@ -118,7 +125,7 @@ class EmojiControlTable:
 
     weights: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
     groups: int = 3
-    pictures: int = 53
+    pictures: int = 30
     control: EmojiControl = EmojiControl()
 
 
@@ -230,7 +237,8 @@ def digits_trainer(kind: str, r: DigitsControl, seed: int, hooks=()) -> Trainer:
     "The trainer of one of KINDS; from scratch, with the learning rate of the digits' own recipe."
     data = digits()
     r = replace(r, seed=seed, lr=r.base.lr if kind == KINDS[3] else r.lr)
-    return control_trainer(r, start_of(kind, r, seed), data.x, strokes(data.x), data.y, r.base.classes, hooks=hooks, log_every=r.every, device="cpu")
+    start, hint = start_of(kind, r, seed), strokes(data.x)
+    return control_trainer(r, data.x, data.y, denoiser=start, hint=hint, null=r.base.classes, hooks=hooks, log_every=r.every, device="cpu")
 
 
 def run_digits_control(r: DigitsControl) -> tuple[dict[str, Tensor], dict]:

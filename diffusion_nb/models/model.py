@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusion_nb.denoisers import DenoiserConsistency
 from diffusion_nb.recipes.captions import CaptionRecipe, caption_denoiser
+from diffusion_nb.recipes.control import ControlRecipe, control_denoiser
 from diffusion_nb.recipes.diffusion import NetRecipe, Recipe, recipe_denoiser
 from diffusion_nb.recipes.dit import DiTRecipe, dit_denoiser
 from diffusion_nb.recipes.settings import typed
@@ -22,6 +23,7 @@ FAMILIES = {  # the kind of recipe, and what builds its network
     "vdm": (VDMRecipe, vdm_denoiser),
     "captions": (CaptionRecipe, caption_denoiser),
     "dit": (DiTRecipe, dit_denoiser),
+    "control": (ControlRecipe, control_denoiser),
     "student": (Recipe, recipe_denoiser),  # of progressive distillation
     "consistency": (Recipe, lambda r, shape: DenoiserConsistency(recipe_denoiser(r, shape))),
 }

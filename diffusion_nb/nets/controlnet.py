@@ -24,7 +24,7 @@ def outlines(x: Float[Tensor, "b c h w"], darkness: float = -0.2) -> Float[Tenso
     "The hint of a drawing with black lines: 1 where no channel is above `darkness`, else 0."
     return (x.amax(1, keepdim=True) < darkness).to(x.dtype)
 
-# %% ../../nbs/23_controlnet.ipynb #013f4559
+# %% ../../nbs/23_controlnet.ipynb #74884dc4
 class ControlNet(nn.Module):
     """A frozen U-Net, and a copy of its way down that also gets a hint and is trained to steer it. (SUR-controlnet)
 
@@ -58,6 +58,7 @@ class ControlNet(nn.Module):
         widths += [width_of(self.middle)] if whole else []
         self.read = zero(nn.Conv2d(channels * base.patch**2, base.stem.out_channels, 1))
         self.out = nn.ModuleList(zero(nn.Conv2d(c, c, 1)) for c in widths)
+        self.to(base.stem.weight)  # its precision and device
 
     def forward(
         self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], y: Tensor | None = None, hint: Tensor | None = None

@@ -26,10 +26,14 @@ class ControlTraining(Training):
 
 @dataclass(frozen=True)
 class ControlRecipe(CaptionRecipe):
-    "What `Model` needs to know of a controlled model: the recipe of its base (of captions, where there are words), the channels of the hint, and the levels that are copied."
+    """A controlled model: the network of its base, and the training of the control.
+
+    words: those of a base that reads captions, none for labels. hint: the channels of the hint. levels, dropped: as in `ControlTraining`.
+    """
 
     hint: int = 1
     levels: int = 0
+    dropped: float = 0.1
 
 
 def control_denoiser(r: ControlRecipe, shape: tuple[int, ...]) -> NetDenoiser:
@@ -40,12 +44,19 @@ def control_denoiser(r: ControlRecipe, shape: tuple[int, ...]) -> NetDenoiser:
 
 def controlled(base: NetDenoiser, channels: int, levels: int = 0) -> NetDenoiser:
     "A trained model with a fresh control. Raises ValueError for a base that is not trained."
-    check_trained(base.net)
-    return NetDenoiser(ControlNet(base.net, channels, levels), base.schedule, base.predict, base.c_in, base.c_noise)
+    net = ControlNet(base.net, channels, levels)
+    check_trained(net.base)
+    return NetDenoiser(net, base.schedule, base.predict, base.c_in, base.c_noise)
 
 
-def control_trainer(r: ControlTraining, control: NetDenoiser, x: Tensor, hint: Tensor, y: Tensor | None = None, null=None, **options) -> Trainer:  # fmt: skip
-    "The trainer of a control, by the velocity's error, for pictures x, their hints, and labels or captions y, of which some become `null`. options: those of `Trainer`."
+def control_trainer(
+    r: ControlTraining | ControlRecipe, x: Tensor, y: Tensor | None = None, *, denoiser: NetDenoiser, hint: Tensor, null=None, **options
+) -> Trainer:
+    """The trainer of a control, by the error of the velocity, for pictures x, their hints, and labels or captions y.
+
+    denoiser: as `controlled` makes it. null: what takes the place of some y, if not the number of classes. options: those of `Trainer`.
+    """
     cond = {"hint": hint} | ({} if y is None else {"y": y})
+    null = null if null is not None or y is None else denoiser.net.label.num_embeddings - 1
     loss = partial(denoising_loss, weight=snr_plus_one)
-    return Trainer(control, x, loss=loss, cond=cond, null=null, cond_dropout=r.dropped, **r.options(), **options)
+    return Trainer(denoiser, x, loss=loss, cond=cond, null=null, cond_dropout=r.dropped, **r.options(), **options)
