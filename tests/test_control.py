@@ -20,13 +20,23 @@ from diffusion_nb.nets.song import SongUNet
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.nets.words import BagOfWords
 from diffusion_nb.noise import Noise
-from diffusion_nb.recipes.control import ControlRecipe, ControlTraining, control_denoiser, control_trainer, controlled
+from diffusion_nb.recipes.control import (
+    ControlRecipe,
+    ControlTraining,
+    control_denoiser,
+    control_trainer,
+    controlled,
+)
 from diffusion_nb.schedules import CosineSchedule
 
 NETS = {
     "labels": dict(channels=1, width=8, mults=(1, 2), blocks=1, attention=(1,), classes=3),
-    "patches, three levels": dict(channels=2, width=8, mults=(1, 2, 3), blocks=2, attention=(0, 2), patch=2, scale_shift=True),
-    "ADM's changes of size": dict(channels=1, width=8, mults=(1, 2), blocks=1, attention=(1,), classes=3, biggan=True),
+    "patches, three levels": dict(
+        channels=2, width=8, mults=(1, 2, 3), blocks=2, attention=(0, 2), patch=2, scale_shift=True
+    ),
+    "ADM's changes of size": dict(
+        channels=1, width=8, mults=(1, 2), blocks=1, attention=(1,), classes=3, biggan=True
+    ),
 }
 
 
@@ -36,14 +46,24 @@ def base_of(name="labels", dtype=torch.float64):
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=g, dtype=dtype) / max(1, p[0].numel() if p.ndim > 1 else 1) ** 0.5 + (0.5 if p.ndim == 1 else 0))
+            p.copy_(
+                0.3
+                * torch.randn(p.shape, generator=g, dtype=dtype)
+                / max(1, p[0].numel() if p.ndim > 1 else 1) ** 0.5
+                + (0.5 if p.ndim == 1 else 0)
+            )
     return net
 
 
 def inputs(name="labels", channels=1, n=3, dtype=torch.float64):
     x = Noise(range(n), (NETS[name]["channels"], 16, 16), dtype=dtype)(0)
     y = torch.arange(n) % 3 if "classes" in NETS[name] else None
-    return x, torch.linspace(30, 900, n, dtype=dtype), y, (Noise(range(n), (channels, 16, 16), dtype=dtype)(1) > 0).to(dtype)
+    return (
+        x,
+        torch.linspace(30, 900, n, dtype=dtype),
+        y,
+        (Noise(range(n), (channels, 16, 16), dtype=dtype)(1) > 0).to(dtype),
+    )
 
 
 def waved(control, scale=0.2):
@@ -104,13 +124,26 @@ def test_the_formula(name, levels, strength):
 def test_levels_end_behind_their_change_of_size():
     name = "patches, three levels"  # two blocks, a change of size, and so on
     assert [len(ControlNet(base_of(name), 1, levels).down) for levels in (0, 1, 2, 3)] == [8, 3, 6, 8]
-    assert [bool(ControlNet(base_of(name), 1, levels).middle) for levels in (0, 1, 2, 3)] == [True, False, False, True]
+    assert [bool(ControlNet(base_of(name), 1, levels).middle) for levels in (0, 1, 2, 3)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def step_of(control, hint, y, lr=0.05):
     "One step of gradient descent; which of the control's weights have a gradient."
     net, x0 = control.net, Noise(range(4), (1, 8, 8), dtype=torch.float64)(2)
-    loss = denoising_loss(control, x0, torch.tensor([0.2, 0.4, 0.6, 0.8]), Noise(range(4), (1, 8, 8), dtype=torch.float64)(3), weight=snr_plus_one, y=y, hint=hint).mean()
+    loss = denoising_loss(
+        control,
+        x0,
+        torch.tensor([0.2, 0.4, 0.6, 0.8]),
+        Noise(range(4), (1, 8, 8), dtype=torch.float64)(3),
+        weight=snr_plus_one,
+        y=y,
+        hint=hint,
+    ).mean()
     net.zero_grad()
     loss.backward()
     found = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
@@ -130,14 +163,25 @@ def test_first_the_joints_move_then_all_and_never_the_base():
     assert first == {n for n in names if n.startswith("out.")} and len(first) == 2 * len(control.net.out)
     assert second == names
     other, theirs = step_of(controlled(NetDenoiser(base_of(), CosineSchedule(), predict_v), 1), 0 * hint, y)
-    assert other == first and all(torch.equal(g, h) for g, h in zip(grads, theirs, strict=True))  # the hint is not known yet
+    assert other == first and all(
+        torch.equal(g, h) for g, h in zip(grads, theirs, strict=True)
+    )  # the hint is not known yet
 
 
 def test_training_leaves_the_base_as_it_is(tmp_path):
     x = Noise(range(20), (1, 8, 8))(0).clamp(-1, 1)
     control = controlled(NetDenoiser(base_of("labels", torch.float32), CosineSchedule(), predict_v), 1)
     before, r = copy.deepcopy(control.state_dict()), ControlTraining(steps=6, batch=8, dropped=0.5)
-    make = lambda control, steps=6: control_trainer(replace(r, steps=steps), x, torch.arange(20) % 3, denoiser=control, hint=strokes(x), device="cpu", checkpoint=tmp_path / "c.safetensors", save_every=3)
+    make = lambda control, steps=6: control_trainer(
+        replace(r, steps=steps),
+        x,
+        torch.arange(20) % 3,
+        denoiser=control,
+        hint=strokes(x),
+        device="cpu",
+        checkpoint=tmp_path / "c.safetensors",
+        save_every=3,
+    )
     again = copy.deepcopy(control)
     trained = make(control).fit()
     for net in (trained, control):
@@ -171,7 +215,9 @@ def test_guidance_takes_the_hint_to_both_sides():
     x, _, y, hint = inputs()
     t = torch.tensor(0.5, dtype=torch.float64)
     told, free = control(x, t, y=y, hint=hint), control(x, t, y=torch.full_like(y, 3), hint=hint)
-    assert torch.allclose(CFG(control, 2.0, 3)(x, t, y=y, hint=hint).x0, told.x0 + 2 * (told.x0 - free.x0), atol=1e-12)
+    assert torch.allclose(
+        CFG(control, 2.0, 3)(x, t, y=y, hint=hint).x0, told.x0 + 2 * (told.x0 - free.x0), atol=1e-12
+    )
 
 
 def test_hints():
@@ -194,7 +240,12 @@ def test_hints():
         (lambda c, x, t, y, h: ControlNet(base_of(), 0), "channels from 1"),
         (lambda c, x, t, y, h: ControlNet(nn.Conv2d(1, 1, 1)), "expected a UNet, got Conv2d"),
         (lambda c, x, t, y, h: check_trained(UNet(1, 8, (1, 2), 1)), "expected a trained network"),
-        (lambda c, x, t, y, h: controlled(NetDenoiser(SongUNet(1, 8, (1, 1), 1, ()), CosineSchedule(), predict_v), 1), "expected a UNet"),
+        (
+            lambda c, x, t, y, h: controlled(
+                NetDenoiser(SongUNet(1, 8, (1, 1), 1, ()), CosineSchedule(), predict_v), 1
+            ),
+            "expected a UNet",
+        ),
     ],
 )
 def test_bad_input(bad, said):
@@ -204,7 +255,9 @@ def test_bad_input(bad, said):
 
 @pytest.mark.parametrize("words", [(), ("apple", "red")])
 def test_a_controlled_model_in_a_folder(words, tmp_path):
-    r = ControlRecipe(width=8, mults=(1, 2), attention=(1,), classes=0 if words else 3, words=words, levels=1, hint=2)
+    r = ControlRecipe(
+        width=8, mults=(1, 2), attention=(1,), classes=0 if words else 3, words=words, levels=1, hint=2
+    )
     made = control_denoiser(r, (1, 16, 16))
     waved(made.net)
     Model(made, About("control", r, (1, 16, 16))).save(tmp_path)
@@ -226,6 +279,12 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     Image.fromarray(white).save("strokes.png")
     draw = "sample --model control --n 3 --steps 2 --sampler ddim --device cpu"
     assert main(f"{draw} --hint strokes.png --out a".split()) == 0 and main(f"{draw} --out b".split()) == 0
-    assert main("sample --model digits --hint strokes.png".split()) != 0 and "takes no hint" in capsys.readouterr().err
+    assert (
+        main("sample --model digits --hint strokes.png".split()) != 0
+        and "takes no hint" in capsys.readouterr().err
+    )
     assert main(f"{draw} --hint nothing --out c".split()) != 0 and "expected a picture" in capsys.readouterr().err
-    assert main("train --control mnist --data digits".split()) != 0 and "pictures of shape (1, 8, 8)" in capsys.readouterr().err
+    assert (
+        main("train --control mnist --data digits".split()) != 0
+        and "pictures of shape (1, 8, 8)" in capsys.readouterr().err
+    )

@@ -121,7 +121,9 @@ def hint_of(model, n: int, path: str | None) -> dict:
     place, (channels, size, _) = Path(path), model.about.shape
     files = sorted(f for f in place.iterdir() if f.suffix.lower() in PICTURES) if place.is_dir() else [place]
     if not files or not files[0].exists():
-        raise ValueError(f"--hint: expected a picture, or a folder of pictures ({', '.join(PICTURES)}); got {path}")
+        raise ValueError(
+            f"--hint: expected a picture, or a folder of pictures ({', '.join(PICTURES)}); got {path}"
+        )
     seen = [middle_square(Image.open(f).convert("RGB" if channels == 3 else "L"), size) for f in files]
     hints = hints_for(channels)(torch.stack([torch.as_tensor(np.asarray(x)) for x in seen]) / 127.5 - 1)
     return {"hint": hints[torch.arange(n) % len(hints)]}

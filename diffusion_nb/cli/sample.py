@@ -241,7 +241,9 @@ def bits(args: BitsOptions) -> int:
     if loaded.about.family == "consistency":
         raise ValueError("--model: a consistency model is no denoiser of a chain, and has no bound on its bits")
     if reads_captions(loaded) or loaded.about.family == "control":
-        raise ValueError("--model: bits are of the labelled data sets; a model of captions, or with a control, has none here")
+        raise ValueError(
+            "--model: bits are of the labelled data sets; a model of captions, or with a control, has none here"
+        )
     model, r = Clip(loaded.denoiser).to(device), loaded.about.recipe
     data = data_set(r.data)
     pictures = data.load()

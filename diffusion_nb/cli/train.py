@@ -146,7 +146,11 @@ def control_of(args: Train, x, shape):
     from diffusion_nb.recipes.settings import settings
 
     base = load_model(args.control)
-    if base.about.family != "diffusion" or tuple(base.about.shape) != tuple(shape) or not isinstance(x, torch.Tensor):
+    if (
+        base.about.family != "diffusion"
+        or tuple(base.about.shape) != tuple(shape)
+        or not isinstance(x, torch.Tensor)
+    ):
         raise ValueError(f"--control: expected a diffusion model of pictures of shape {tuple(shape)}, and a data set that fits into memory; "
                          f"got a {base.about.family} model of {tuple(base.about.shape)}")  # fmt: skip
     if args.vdm or args.from_ or args.grids or args.report or args.recipe or args.width:

@@ -50,7 +50,14 @@ def controlled(base: NetDenoiser, channels: int, levels: int = 0) -> NetDenoiser
 
 
 def control_trainer(
-    r: ControlTraining | ControlRecipe, x: Tensor, y: Tensor | None = None, *, denoiser: NetDenoiser, hint: Tensor, null=None, **options
+    r: ControlTraining | ControlRecipe,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    denoiser: NetDenoiser,
+    hint: Tensor,
+    null=None,
+    **options,
 ) -> Trainer:
     """The trainer of a control, by the error of the velocity, for pictures x, their hints, and labels or captions y.
 
