@@ -13,7 +13,7 @@ from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser
 from diffusion_nb.emoji import Emoji, emoji
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.digits import digit_denoiser
-from diffusion_nb.experiments.emoji import EmojiJudge, emoji_denoiser, emoji_judge, emoji_model, neighbours, twins
+from diffusion_nb.experiments.emoji import EmojiJudge, Neighbours, emoji_denoiser, emoji_judge, emoji_model, twins
 from diffusion_nb.experiments.judge import accuracy_of, digit_judge
 from diffusion_nb.experiments.pictures import trained_on
 from diffusion_nb.grids import edm_grid, even_logsnr_grid
@@ -114,12 +114,19 @@ MEASURES = ("agreement with the outline", "likeness to the true picture", "true 
 
 
 @torch.no_grad()
-def measured(judge: EmojiJudge, data: Emoji, x: Float[Tensor, "n 3 32 32"], which: Int[Tensor, " n"]) -> Float[Tensor, " 5"]:  # fmt: skip
-    "MEASURES of drawings that are meant to be these emoji; the likeness is the cosine of the judge's features, the error a root mean square."
-    near, want = neighbours(judge, x, data), twins(data, which.tolist())
-    alike = F.cosine_similarity(judge.features(x), judge.features(data.x[which])).mean()
+def seen_by(judge: EmojiJudge, x: Float[Tensor, "n 3 32 32"]) -> Float[Tensor, "n f"]:
+    "The judge's features of pictures, of length 1."
+    return F.normalize(torch.cat([judge.features(part) for part in x.split(500)]), dim=1)
+
+
+def measured(data: Emoji, x: Float[Tensor, "n 3 32 32"], which: Int[Tensor, " n"], drawn: Float[Tensor, "n f"], real: Float[Tensor, "m f"]) -> Float[Tensor, " 5"]:  # fmt: skip
+    """MEASURES of drawings that are meant to be these emoji; the likeness is the cosine of the judge's features, the error a root mean square.
+
+    drawn, real: the features of the drawings, and of all emoji, as `seen_by` gives them.
+    """
+    near, want = Neighbours((drawn @ real.T).argsort(1, descending=True)), twins(data, which.tolist())
+    lines, alike = agreement(x, outlines(data.x[which])).mean(), (drawn * real[which]).sum(1).mean()
     error = (x.clamp(-1, 1) - data.x[which]).square().mean().sqrt()
-    lines = agreement(x, outlines(data.x[which])).mean()
     return torch.tensor([lines, alike, near.first(want), near.first(want, 5), error], dtype=torch.float64)
 
 
@@ -129,7 +136,7 @@ class EmojiControlTable:
 
     weights: tuple[float, ...] = (0.0, 1.0, 3.0)
     groups: int = 3
-    pictures: int = 24
+    pictures: int = 16
     steps: int = 12
     control: EmojiControl = EmojiControl()
 
@@ -151,26 +158,25 @@ def run_emoji_control(r: EmojiControlTable) -> tuple[dict[str, Tensor], dict]:
     `conflict` (weight, group, 3): with the outline of one held-out picture and the caption of another, the agreement with the outline, and the likeness to either.
     """
     data, judge, control = emoji(), emoji_judge(), emoji_control()
-    groups = held_out(data, r)
-    hints = [outlines(data.x[g]) for g in groups]
-    names = [[data.captions[i] for i in g] for g in groups]
+    groups, real = held_out(data, r), seen_by(judge, data.x)
+    hints, names = [outlines(data.x[g]) for g in groups], [[data.captions[i] for i in g] for g in groups]
     table, conflict, without = (
         torch.zeros(2, len(r.weights), r.groups, 5),
         torch.zeros(len(r.weights), r.groups, 3),
         [],
     )
-    for k, (g, hint, captions) in enumerate(zip(groups, hints, names, strict=True)):
-        seed = 2**20 + 1000 * k
-        other = (k + 1) % r.groups
+    for k, (g, hint) in enumerate(zip(groups, hints, strict=True)):
+        other, seed = (k + 1) % r.groups, 2**20 + 1000 * k
         for i, w in enumerate(r.weights):
             for j, given in enumerate((hint, None)):
-                x = draw_outlined(control, captions, given, w, r.steps, seed)
-                table[j, i, k] = measured(judge, data, x, g)
+                x = draw_outlined(control, names[k], given, w, r.steps, seed)
+                table[j, i, k] = measured(data, x, g, seen_by(judge, x), real)
             x = draw_outlined(control, names[other], hint, w, r.steps, seed)
-            seen = judge.features(x)
-            to = [F.cosine_similarity(seen, judge.features(data.x[h])).mean() for h in (g, groups[other])]
+            seen = seen_by(judge, x)
+            to = [(seen * real[h]).sum(1).mean() for h in (g, groups[other])]
             conflict[i, k] = torch.stack([agreement(x, hint).mean(), *to])
-        without.append(measured(judge, data, draw_outlined(control, [""] * len(g), hint, 0.0, r.steps, seed), g))
+        x = draw_outlined(control, [""] * len(g), hint, 0.0, r.steps, seed)
+        without.append(measured(data, x, g, seen_by(judge, x), real))
     return {"table": table, "any": torch.stack(without).float(), "conflict": conflict}, {}
 
 

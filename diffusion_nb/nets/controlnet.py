@@ -46,7 +46,9 @@ class ControlNet(nn.Module):
             raise ValueError(f"base: expected a UNet, got {type(base).__name__}")
         resizes = [i for i, layer in enumerate(base.down) if not isinstance(layer, nn.ModuleList)]
         if not 0 <= levels <= len(resizes) + 1 or channels < 1:
-            raise ValueError(f"expected levels from 0 to {len(resizes) + 1} and channels from 1; got {levels} and {channels}")
+            raise ValueError(
+                f"expected levels from 0 to {len(resizes) + 1} and channels from 1; got {levels} and {channels}"
+            )
         whole = levels in (0, len(resizes) + 1)
         self.base, self.channels, self.strength = base.requires_grad_(False).eval(), channels, strength
         self.stem = copy.deepcopy(base.stem)
@@ -61,7 +63,11 @@ class ControlNet(nn.Module):
         self.to(base.stem.weight)  # its precision and device
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], y: Tensor | None = None, hint: Tensor | None = None
+        self,
+        x: Float[Tensor, "b c h w"],
+        t: Float[Tensor, " b"],
+        y: Tensor | None = None,
+        hint: Tensor | None = None,
     ) -> Float[Tensor, "b c h w"]:
         "The base's output, steered by the hint, if there is one."
         h, pile, told = self.base.encode(x, t, y)
@@ -74,7 +80,9 @@ class ControlNet(nn.Module):
     def added(self, x: Tensor, told: Told, hint: Float[Tensor, "b k h w"]) -> list[Tensor]:
         "What is added to each thing that the way down kept, first things first, and to what leaves the middle, if that is copied."
         if hint.shape != (len(x), self.channels, *x.shape[2:]) or not hint.is_floating_point():
-            raise ValueError(f"hint: expected floats {(len(x), self.channels, *x.shape[2:])}; got {hint.dtype} {tuple(hint.shape)}")
+            raise ValueError(
+                f"hint: expected floats {(len(x), self.channels, *x.shape[2:])}; got {hint.dtype} {tuple(hint.shape)}"
+            )
         h = self.stem(F.pixel_unshuffle(x, self.base.patch)) + self.read(F.pixel_unshuffle(hint, self.base.patch))
         seen = [h]
         for layer in self.down:
@@ -113,4 +121,6 @@ def width_of(layer: nn.Module) -> int:
 def check_trained(base: UNet) -> None:
     "Raise ValueError where the last convolution is zero, as in a fresh network: whatever is added inside, its output stays 0, and so do all gradients."
     if not base.head[-1].weight.any():
-        raise ValueError("base: expected a trained network; the last convolution of this one is zero, and hides all that a control could add")
+        raise ValueError(
+            "base: expected a trained network; the last convolution of this one is zero, and hides all that a control could add"
+        )
