@@ -69,9 +69,7 @@ def test_sizes_are_those_of_the_paper(options, count, operations):
         net = DiT(**options, patch=2, channels_out=8)
         x = torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
         assert parameters(net) + net.positions.numel() == count
-        assert (
-            abs(flops(lambda: net(*x)) / 2e9 - operations) < 0.03
-        )  # a multiplication and addition are one there
+        assert abs(flops(lambda: net(*x)) / 2e9 - operations) < 0.03  # a multiplication and addition are one there
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -263,7 +261,10 @@ def test_the_contenders_need_as_many_operations():
     counts = dict(zip(CONTENDERS, sizes((1, 8, 8))[:, 1].tolist(), strict=True))
     base = counts["U-Net"]
     assert all(abs(counts[k] / base - 1) < 0.08 for k in ("adaLN-Zero", "cross-attention", "in-context"))
-    assert 0.3 * base < counts["adaLN-Zero, small"] < 0.4 * base and 4 * base < counts["adaLN-Zero, large"] < 4.2 * base
+    assert (
+        0.3 * base < counts["adaLN-Zero, small"] < 0.4 * base
+        and 4 * base < counts["adaLN-Zero, large"] < 4.2 * base
+    )
     latent = contender("in-context", (4, 8, 8), 0)  # and in latents
     assert latent(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)).shape == (1, 4, 8, 8)
 
