@@ -21,7 +21,7 @@ def artifact_makers() -> dict:
         run_from_fewer,
         run_guided,
     )
-    from diffusion_nb.experiments.dit import DiTComparison, run_comparison
+    from diffusion_nb.experiments.dit import DiTComparison, run_comparison, train_mnist_dit
     from diffusion_nb.experiments.drawings import (
         draw_by_ladder,
         draw_with_variances,
@@ -63,6 +63,7 @@ def artifact_makers() -> dict:
     )
     from diffusion_nb.recipes.captions import CaptionRecipe
     from diffusion_nb.recipes.diffusion import recipe
+    from diffusion_nb.recipes.dit import dit_recipe
     from diffusion_nb.recipes.settings import settings as of
 
     return {
@@ -100,5 +101,6 @@ def artifact_makers() -> dict:
         "control_emoji": (train_emoji_control, emoji_control_recipe()),
         "control_emoji_table": (run_emoji_control, emoji_table_recipe()),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
+        "mnist_dit": (train_mnist_dit, dit_recipe("mnist-small")),
         "dit": (run_comparison, of("24_dit", DiTComparison)),
     }

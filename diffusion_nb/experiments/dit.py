@@ -9,18 +9,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_nb.data import Pictures, digits
+from diffusion_nb.data import Pictures, data_set, digits
 from diffusion_nb.denoisers import Denoiser, NetDenoiser, predict_v
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.digits import draw_digits
 from diffusion_nb.experiments.evaluation import reference
-from diffusion_nb.experiments.judge import digit_judge
+from diffusion_nb.experiments.judge import digit_judge, mnist_judge
+from diffusion_nb.experiments.pictures import halved, judge_pictures, trained_on
 from diffusion_nb.losses.simple import denoising_loss, snr_plus_one
 from diffusion_nb.metrics.features import frechet_distance
 from diffusion_nb.nets.dit import AdaLNZero, CrossAttend, DiT, InContext
 from diffusion_nb.nets.unet import UNet, parameters
 from diffusion_nb.noise import Noise
-from diffusion_nb.recipes.diffusion import Training
+from diffusion_nb.recipes.diffusion import Training, recipe_trainer
+from diffusion_nb.recipes.dit import DiTRecipe, dit_denoiser, dit_recipe
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.schedules import CosineSchedule
 from diffusion_nb.training.trainer import Trainer
@@ -149,3 +151,22 @@ def run_comparison(r: DiTComparison) -> tuple[dict, dict]:
 def comparison() -> dict[str, Tensor]:
     "What `compare` found on digits (artifact `dit`, [24_dit])."
     return artifact("dit", run_comparison, settings("24_dit", DiTComparison))[0]
+
+
+# digits of 28×28
+
+
+def train_mnist_dit(r: DiTRecipe) -> tuple[dict, dict]:
+    "The weights of a transformer that draws MNIST, in float16, and the judge's verdict."
+    data = data_set(r.data).load()
+    fresh = dit_denoiser(r, tuple(data.x.shape[1:]))
+    denoiser = recipe_trainer(r, data.x, data.y, denoiser=fresh).fit()
+    return halved(denoiser.net), judge_pictures(denoiser, data, mnist_judge(), 0.5) | trained_on()
+
+
+def mnist_dit() -> NetDenoiser:
+    "The transformer that draws MNIST, y = 0…9 or 10 for any (artifact `mnist_dit`, [dit.mnist-small]), in eval mode, without gradients."
+    r = dit_recipe("mnist-small")
+    denoiser = dit_denoiser(r, (1, 28, 28))
+    denoiser.net.load_state_dict(artifact("mnist_dit", train_mnist_dit, r)[0])
+    return denoiser.eval().requires_grad_(False)
