@@ -271,13 +271,13 @@ def test_a_controlled_model_in_a_folder(words, tmp_path):
 def test_the_commands(tmp_path, monkeypatch, capsys):
     "Train a control of a model of digits, and draw with it from a picture."
     monkeypatch.chdir(tmp_path)
-    assert main("train --control digits --out control --steps 2 --batch 4 --device cpu".split()) == 0
-    model = Model.load("control")
+    assert main("train --control digits --steps 2 --batch 4 --device cpu".split()) == 0
+    model = Model.load("runs/control-digits")  # a folder of its own, beside runs/digits
     assert model.about.family == "control" and model.about.start == "digits" and model.about.recipe.steps == 2
     white = np.zeros((8, 8), np.uint8)
     white[2:6, 3] = 255
     Image.fromarray(white).save("strokes.png")
-    draw = "sample --model control --n 3 --steps 2 --sampler ddim --device cpu"
+    draw = "sample --model runs/control-digits --n 3 --steps 2 --sampler ddim --device cpu"
     assert main(f"{draw} --hint strokes.png --out a".split()) == 0 and main(f"{draw} --out b".split()) == 0
     assert (
         main("sample --model digits --hint strokes.png".split()) != 0
@@ -288,3 +288,5 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
         main("train --control mnist --data digits".split()) != 0
         and "pictures of shape (1, 8, 8)" in capsys.readouterr().err
     )
+    for other in ("--vdm", "--dit"):
+        assert main(f"train --control digits {other}".split()) != 0 and "say one" in capsys.readouterr().err

@@ -133,9 +133,10 @@ def recipe_of(args: Train, classes: int | None):
 
 def family_of(args: Train) -> str:
     "The family of the model that was asked for."
-    if args.vdm and args.dit:
-        raise ValueError("--vdm and --dit are two kinds of models: say one")
-    return "vdm" if args.vdm else "dit" if args.dit else "diffusion"
+    asked = [name for name in ("vdm", "dit", "control") if getattr(args, name)]
+    if len(asked) > 1:
+        raise ValueError(f"--{' and --'.join(asked)} are kinds of models: say one")
+    return asked[0] if asked else "diffusion"
 
 
 def control_of(args: Train, x, shape):
@@ -153,8 +154,8 @@ def control_of(args: Train, x, shape):
     ):
         raise ValueError(f"--control: expected a diffusion model of pictures of shape {tuple(shape)}, and a data set that fits into memory; "
                          f"got a {base.about.family} model of {tuple(base.about.shape)}")  # fmt: skip
-    if args.vdm or args.from_ or args.grids or args.report or args.recipe or args.width:
-        raise ValueError("--control: not with --vdm, --from, --grids, --report, --recipe and --width")
+    if args.from_ or args.grids or args.report or args.recipe or args.width:
+        raise ValueError("--control: not with --from, --grids, --report, --recipe and --width")
     given = {k: v for k in ("steps", "batch", "lr", "seed") if (v := getattr(args, k)) is not None}
     r = ControlRecipe(**asdict(base.about.recipe) | asdict(settings("control", ControlTraining)) | given)
     return r, controlled(base.denoiser, 1, r.levels)
@@ -173,9 +174,9 @@ def prepared(args: Train, team, out: Path):
 
     check_numbers(every=(args.every, 1), keep=(args.keep, 1), accumulate=(args.accumulate, 1), grids=(args.grids, 0), workers=(args.workers, 0))  # fmt: skip
     x, y, classes, shape, levels = pictures_of(args)
+    family = family_of(args)
     r, base = control_of(args, x, shape) if args.control else (recipe_of(args, classes), None)
-    family, start = ("control", args.control) if args.control else (family_of(args), args.from_)
-    about = About(family, r, shape, levels, start=start)
+    about = About(family, r, shape, levels, start=args.control or args.from_)
     device, denoiser = torch.device(args.device) if args.device else team.device, base or about.fresh()
     if args.from_:
         fill(denoiser, own_tensors(Model.load(args.from_).denoiser), f"--from {args.from_}")
