@@ -1,6 +1,5 @@
 """Emoji in colour with captions: OpenMoji's drawings under their Unicode names, with a fixed split for training and tests."""
 
-import difflib
 import hashlib
 import io
 import re
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from tqdm.auto import tqdm
 
+from .util.checks import unknown_word
 from .util.storage import load_tensors, save_tensors, user_folder
 
 ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
@@ -112,15 +112,9 @@ def bag_of_words(captions: Sequence[str], vocabulary: Sequence[str]) -> Float[Te
     for row, caption in zip(bag, captions, strict=True):
         for word in words(caption):
             if word not in place:
-                raise ValueError(_unknown(word, caption, vocabulary))
+                raise ValueError(unknown_word(word, caption, vocabulary))
             row[place[word]] += 1
     return bag
-
-
-def _unknown(word: str, caption: str, vocabulary: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, vocabulary, n=3, cutoff=0.5)
-    offer = f"did you mean {', '.join(map(repr, near))}?" if near else "none of them is near"
-    return f"{caption!r}: {word!r} is none of the {len(vocabulary):,} known words; {offer}"
 
 
 # the split

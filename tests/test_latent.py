@@ -179,7 +179,7 @@ def test_cross_attention_refuses_heads_that_do_not_part():
 def test_a_reader_numbers_words_and_says_which_it_does_not_know():
     reader = TokenReader(("apple", "green", "red"), 4, 8)
     assert reader.told(["red apple", ""]).tolist() == [[3, 1, 0, 0], [0, 0, 0, 0]] and not reader.null.any()
-    with pytest.raises(ValueError, match="'aple' is none of the 3 known tokens; did you mean 'apple'"):
+    with pytest.raises(ValueError, match="'aple' is none of the 3 known words; did you mean 'apple'"):
         reader.told(["red aple"])
     with pytest.raises(ValueError, match="at most 4 tokens; got 5"):
         reader.told(["red red red red red"])

@@ -1,6 +1,5 @@
 """Controls: digits steered by strokes, emoji coloured from their outlines (notebook 23)."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -13,11 +12,19 @@ from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser
 from diffusion_nb.emoji import Emoji, emoji
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.digits import digit_denoiser
-from diffusion_nb.experiments.emoji import EmojiJudge, Neighbours, emoji_denoiser, emoji_judge, emoji_model, twins
+from diffusion_nb.experiments.emoji import (
+    EmojiJudge,
+    Neighbours,
+    draw_captions,
+    emoji_denoiser,
+    emoji_judge,
+    emoji_model,
+    training_pictures,
+    twins,
+)
 from diffusion_nb.experiments.judge import accuracy_of, digit_judge
 from diffusion_nb.experiments.pictures import trained_on
-from diffusion_nb.grids import edm_grid, even_logsnr_grid
-from diffusion_nb.guidance import CFG
+from diffusion_nb.grids import even_logsnr_grid
 from diffusion_nb.nets.controlnet import ControlNet, outlines, strokes
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
@@ -56,12 +63,11 @@ def train_emoji_control(r: EmojiControl, **options) -> tuple[dict, dict]:
     It learns from the training split, as that model did: each picture as it is, and mirrored where that has the same caption.
     """
     data, control = emoji(), controlled(emoji_denoiser(), 1, r.levels)
-    kept = data.train.nonzero()[:, 0]
-    x, mirrors, reader = data.x[kept], data.mirrors[kept, None, None, None], control.net.label
-    both = torch.cat([x, torch.where(mirrors, x.flip(3), x)])
-    y = reader.told([data.captions[i] for i in kept]).repeat(2, 1)
+    (x, captions), reader = training_pictures(data), control.net.label
     options = {"device": default_device()} | options
-    trainer = control_trainer(r, both, y, denoiser=control, hint=outlines(both), null=reader.null, **options)
+    trainer = control_trainer(
+        r, x, reader.told(captions), denoiser=control, hint=outlines(x), null=reader.null, **options
+    )
     trained = trainer.fit().cpu()
     return {k: v.half() for k, v in trained.net.own_state().items()}, trained_on()
 
@@ -86,20 +92,6 @@ def filled(control: NetDenoiser, weights: dict[str, Tensor]) -> NetDenoiser:
     if unknown.unexpected_keys or any(not k.startswith("base.") for k in unknown.missing_keys):
         raise ValueError("these weights are of another control")
     return control.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def draw_outlined(control: NetDenoiser, captions: Sequence[str], hint: Float[Tensor, "n 1 32 32"] | None, w: float = 1.0,
-                  steps: int = 20, first: int = 0, batch: int = 106) -> Float[Tensor, "n 3 32 32"]:  # fmt: skip
-    "A picture of each caption (an empty one stands for any), with this outline, by DPM-Solver++ 2M with guidance weight w for the caption; the i-th has seed `first` + i."
-    reader = control.net.label
-    y, guided = reader.told(captions), Clip(CFG(control, w, reader.null) if w else control)
-    ts, parts = edm_grid(control.schedule, steps, 0.02, 80.0), torch.arange(len(y)).split(batch)
-    start, drawn = control.schedule(ts[0])[1].float(), []
-    for part in parts:
-        cond = {"y": y[part]} | ({} if hint is None else {"hint": hint[part]})
-        drawn.append(dpmpp_2m(guided, start * Noise(first + part, (3, 32, 32))(0), ts, **cond))
-    return torch.cat(drawn)
 
 
 def agreement(
@@ -169,13 +161,13 @@ def run_emoji_control(r: EmojiControlTable) -> tuple[dict[str, Tensor], dict]:
         other, seed = (k + 1) % r.groups, 2**20 + 1000 * k
         for i, w in enumerate(r.weights):
             for j, given in enumerate((hint, None)):
-                x = draw_outlined(control, names[k], given, w, r.steps, seed)
+                x = draw_captions(control, names[k], w, r.steps, seed, hint=given)
                 table[j, i, k] = measured(data, x, g, seen_by(judge, x), real)
-            x = draw_outlined(control, names[other], hint, w, r.steps, seed)
+            x = draw_captions(control, names[other], w, r.steps, seed, hint=hint)
             seen = seen_by(judge, x)
             to = [(seen * real[h]).sum(1).mean() for h in (g, groups[other])]
             conflict[i, k] = torch.stack([agreement(x, hint).mean(), *to])
-        x = draw_outlined(control, [""] * len(g), hint, 0.0, r.steps, seed)
+        x = draw_captions(control, [""] * len(g), 0.0, r.steps, seed, hint=hint)
         without.append(measured(data, x, g, seen_by(judge, x), real))
     return {"table": table, "any": torch.stack(without).float(), "conflict": conflict}, {}
 

@@ -46,11 +46,15 @@ def train_emoji(r: CaptionRecipe) -> tuple[dict, dict]:
 
 
 def emoji_trainer(r: CaptionRecipe, data: Emoji, **options) -> Trainer:
-    "The trainer of the model: the pictures of the training split, once as they are, and once mirrored where that has the same caption."
+    "The trainer of the model."
+    return caption_trainer(replace(r, words=vocabulary(data.captions)), *training_pictures(data), **options)
+
+
+def training_pictures(data: Emoji) -> tuple[Float[Tensor, "n 3 s s"], list[str]]:
+    "The pictures of the training split, once as they are, and once mirrored where that has the same caption; and the captions."
     kept = data.train.nonzero()[:, 0]
-    x, mirrors, captions = data.x[kept], data.mirrors[kept, None, None, None], [data.captions[i] for i in kept]
-    both = torch.cat([x, torch.where(mirrors, x.flip(3), x)])
-    return caption_trainer(replace(r, words=vocabulary(data.captions)), both, 2 * captions, **options)
+    x, mirrors = data.x[kept], data.mirrors[kept, None, None, None]
+    return torch.cat([x, torch.where(mirrors, x.flip(3), x)]), 2 * [data.captions[i] for i in kept]
 
 
 def emoji_model() -> tuple[NetDenoiser, CaptionRecipe]:
@@ -185,16 +189,21 @@ def draw_captions(
     steps: int = 20,
     first: int = 0,
     batch: int = 100,
+    hint: Float[Tensor, "n k 32 32"] | None = None,
 ) -> Float[Tensor, "n 3 32 32"]:
-    "A picture of each caption, by DPM-Solver++ 2M with guidance weight w; the i-th has seed `first` + i. Raises ValueError for unknown words."
+    """A picture of each caption (an empty one stands for any), by DPM-Solver++ 2M with guidance weight w; the i-th has seed `first` + i.
+
+    hint: what a control is given (notebook 23). Raises ValueError for unknown words.
+    """
     device = next(denoiser.parameters()).device
-    y, guided = denoiser.net.label.told(captions).to(device), Clip(CFG(denoiser, w, denoiser.net.label.null.to(device)))  # fmt: skip
-    ts, seeds = edm_grid(denoiser.schedule, steps, 0.02, 80.0), torch.arange(first, first + len(y))
-    start = denoiser.schedule(ts[0])[1].float()
-    parts = zip(seeds.split(batch), y.split(batch), strict=True)
-    return torch.cat(
-        [dpmpp_2m(guided, start * Noise(s, (3, 32, 32), device)(0), ts, y=part).cpu() for s, part in parts]
-    )
+    reader = denoiser.net.label
+    y, guided = reader.told(captions), Clip(CFG(denoiser, w, reader.null.to(device)) if w else denoiser)
+    ts, cond = edm_grid(denoiser.schedule, steps, 0.02, 80.0), {"y": y} if hint is None else {"y": y, "hint": hint}
+    start, drawn = denoiser.schedule(ts[0])[1].float(), []
+    for part in torch.arange(len(y)).split(batch):
+        noise, given = Noise(first + part, (3, 32, 32), device), {k: v[part].to(device) for k, v in cond.items()}
+        drawn.append(dpmpp_2m(guided, start * noise(0), ts, **given).cpu())
+    return torch.cat(drawn)
 
 
 class Neighbours(NamedTuple):

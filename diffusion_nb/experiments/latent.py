@@ -16,7 +16,7 @@ from diffusion_nb.data import data_set
 from diffusion_nb.denoisers import Clip, NetDenoiser
 from diffusion_nb.emoji import Emoji, emoji, vocabulary, words
 from diffusion_nb.experiments.artifacts import artifact
-from diffusion_nb.experiments.emoji import emoji_judge, judge_captions, train_emoji
+from diffusion_nb.experiments.emoji import emoji_judge, judge_captions, train_emoji, training_pictures
 from diffusion_nb.experiments.judge import accuracy_of, mnist_judge
 from diffusion_nb.experiments.pictures import halved, trained_on
 from diffusion_nb.experiments.reference import ReferenceRecipe, against, features, make_references, reference
@@ -274,10 +274,8 @@ def mnist_latent() -> NetDenoiser:
 def train_emoji_latent(r: LatentRecipe, **options) -> tuple[dict, dict]:
     "A latent diffusion model of emoji at 64×64 that reads captions, and what the judge says of its drawings at half the size."
     data, codec = emoji(64), emoji_codec()
-    kept = data.train.nonzero()[:, 0]
-    x, mirrors, captions = data.x[kept], data.mirrors[kept, None, None, None], [data.captions[i] for i in kept]
-    z = latents(codec, torch.cat([x, torch.where(mirrors, x.flip(3), x)]))
-    denoiser = latent_trainer(r, z, 2 * captions, device=default_device(), **options).fit().cpu()
+    x, captions = training_pictures(data)
+    denoiser = latent_trainer(r, latents(codec, x), captions, device=default_device(), **options).fit().cpu()
     weights = halved(denoiser.net)
     denoiser.net.load_state_dict(weights)
     letters = torch.tensor(list("\n".join(denoiser.net.context.vocabulary).encode()), dtype=torch.uint8)

@@ -105,7 +105,6 @@ class GuidanceConditionedUNet(nn.Module):
         return self.net(torch.cat([x, plane], dim=1), t, y)
 
 # %% ../../nbs/19_latent.ipynb #bd6551f5
-import difflib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -115,6 +114,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .unet import norm, zero
+from ..util.checks import unknown_word
 
 # %% ../../nbs/19_latent.ipynb #44f30397
 class CrossAttention(nn.Module):
@@ -170,9 +170,7 @@ class TokenReader(nn.Module):
             found = self.split(text)
             for word in found:
                 if word not in number:
-                    near = difflib.get_close_matches(word, self.vocabulary, n=3, cutoff=0.5)
-                    offer = f"did you mean {', '.join(map(repr, near))}?" if near else "none of them is near"
-                    raise ValueError(f"{text!r}: {word!r} is none of the {len(number):,} known tokens; {offer}")
+                    raise ValueError(unknown_word(word, text, self.vocabulary))
             if len(found) > self.length:
                 raise ValueError(f"{text!r}: expected at most {self.length} tokens; got {len(found)}")
             row[: len(found)] = torch.tensor([number[word] for word in found], dtype=torch.long)

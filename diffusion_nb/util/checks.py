@@ -1,8 +1,9 @@
 """Checks of arguments, with errors that say what was expected."""
 
+import difflib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 import torch
@@ -188,3 +189,10 @@ def check_sampling(x: Tensor, ts: Tensor, noise: Callable | None, denoiser: nn.M
         raise ValueError(f"ts: expected times that fall from noise to data, such as time_grid(100); got {ts}")
     if noise is not None and noise(0).shape != x.shape:
         raise ValueError(f"noise: expected draws shaped like x, {tuple(x.shape)}; got {tuple(noise(0).shape)}")
+
+
+def unknown_word(word: str, text: str, known: Sequence[str]) -> str:
+    "What is said of a word that is none of the known ones: the nearest of those are offered."
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    offer = f"did you mean {', '.join(map(repr, near))}?" if near else "none of them is near"
+    return f"{text!r}: {word!r} is none of the {len(known):,} known words; {offer}"
