@@ -29,7 +29,7 @@ def smaller(png: bytes) -> bytes:
 
 def make_small(path: Path) -> int:
     "The bytes that the notebook has lost; it is written only if there are any."
-    before = path.read_text()
+    before = path.read_text(encoding="utf-8")
     notebook = json.loads(before)
     for cell in notebook["cells"]:
         for data in (
@@ -40,7 +40,7 @@ def make_small(path: Path) -> int:
                 data["image/png"] = base64.b64encode(found).decode() + "\n"
     after = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     if len(after) < len(before):
-        path.write_text(after)
+        path.write_text(after, encoding="utf-8")
     return max(0, len(before) - len(after))
 
 
