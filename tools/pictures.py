@@ -37,7 +37,7 @@ def make_small(path: Path) -> int:
         ):
             png = base64.b64decode(data["image/png"])
             if (found := smaller(png)) != png:
-                data["image/png"] = base64.b64encode(found).decode() + "\n"
+                data["image/png"] = base64.b64encode(found).decode()
     after = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     if len(after) < len(before):
         path.write_text(after, encoding="utf-8")

@@ -40,6 +40,8 @@ def artifact_makers() -> dict:
     from diffusion_nb.experiments.latent import (
         AutoencoderRecipe,
         LatentRecipe,
+        train_emoji_codec,
+        train_emoji_latent,
         train_mnist_codec,
         train_mnist_latent,
     )
@@ -97,6 +99,8 @@ def artifact_makers() -> dict:
         "mnist_kl": (train_mnist_codec, of("19_latent.mnist-kl", AutoencoderRecipe)),
         "mnist_vq": (train_mnist_codec, of("19_latent.mnist-vq", AutoencoderRecipe)),
         "mnist_latent": (train_mnist_latent, of("19_latent.mnist", LatentRecipe)),
+        "emoji_kl": (train_emoji_codec, of("19_latent.emoji-kl", AutoencoderRecipe)),
+        "emoji_latent": (train_emoji_latent, of("19_latent.emoji", LatentRecipe)),
         "control_digits": (run_digits_control, digits_control_recipe()),
         "control_emoji": (train_emoji_control, emoji_control_recipe()),
         "control_emoji_table": (run_emoji_control, emoji_table_recipe()),

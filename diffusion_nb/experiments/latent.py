@@ -164,9 +164,14 @@ def train_emoji_codec(r: AutoencoderRecipe, **options) -> tuple[dict, dict]:
 
 
 def emoji_codec() -> Codec:
-    "The autoencoder of emoji at 64×64 (artifact `emoji_kl`, which does not come with the book: the first call trains it)."
+    "The autoencoder of emoji at 64×64 (artifact `emoji_kl`)."
     r = settings("19_latent.emoji-kl", AutoencoderRecipe)
     return unpacked(r, 3, artifact("emoji_kl", train_emoji_codec, r)[0])
+
+
+def emoji_latent_shape() -> tuple[int, int, int]:
+    "The shape of the latents of an emoji of 64×64."
+    return settings("19_latent.emoji-kl", AutoencoderRecipe).latent, 8, 8
 
 
 # diffusion models of their latents
@@ -291,7 +296,7 @@ def judged_latent(codec: Codec, denoiser: NetDenoiser, data: Emoji, w: float = 2
         ("held-out pictures", data.held_pictures.nonzero()[:, 0]),
         ("trained on", trained[:: len(trained) // 200][:200]),
     ):
-        x = draw_through(codec, denoiser, [data.captions[i] for i in which], (4, 8, 8), w, first=2**20)
+        x = draw_through(codec, denoiser, [data.captions[i] for i in which], emoji_latent_shape(), w, first=2**20)
         halves.append(avg_pool2d(x, 2))
         said[name] = judge_captions(judge, small, halves[-1], which.tolist())
     held, real = torch.cat(halves[:2]), features(judge, small.x[data.train])
@@ -299,7 +304,7 @@ def judged_latent(codec: Codec, denoiser: NetDenoiser, data: Emoji, w: float = 2
 
 
 def emoji_latent() -> NetDenoiser:
-    "The latent diffusion model of emoji (artifact `emoji_latent`, which does not come with the book: the first call trains it), in eval mode."
+    "The latent diffusion model of emoji (artifact `emoji_latent`), in eval mode."
     r = settings("19_latent.emoji", LatentRecipe)
     return unpacked_words(r, dict(artifact("emoji_latent", train_emoji_latent, r)[0]))
 
@@ -307,7 +312,7 @@ def emoji_latent() -> NetDenoiser:
 def unpacked_words(r: LatentRecipe, tensors: dict[str, Tensor]) -> NetDenoiser:
     "The model that an artifact keeps with its words, in eval mode, without gradients."
     known = tuple(bytes(tensors.pop("words").tolist()).decode().split("\n"))
-    denoiser = latent_denoiser(LatentRecipe(**vars(r) | {"words": known}), (4, 8, 8))
+    denoiser = latent_denoiser(LatentRecipe(**vars(r) | {"words": known}), emoji_latent_shape())
     denoiser.net.load_state_dict(tensors)
     return denoiser.eval().requires_grad_(False)
 
