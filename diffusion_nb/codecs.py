@@ -7,7 +7,6 @@ __all__ = ['Codec', 'fit_codec', 'latents', 'latent_loss']
 
 # %% ../nbs/19_latent.ipynb #321378e9
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,15 +16,17 @@ from .losses.simple import denoising_loss
 from .nets.autoencoder import Code
 
 # %% ../nbs/19_latent.ipynb #f7a34460
-class Codec(NamedTuple):
+class Codec(nn.Module):
     """Pictures ↦ latents of mean 0 and variance 1 in each channel, and back.
 
     autoencoder: its `encode` makes a Code, or the latents themselves, its `decode` pictures. shift, scale: z = (latent - shift) · scale.
     """
 
-    autoencoder: nn.Module
-    shift: Float[Tensor, "c 1 1"]
-    scale: Float[Tensor, "c 1 1"]
+    def __init__(self, autoencoder: nn.Module, shift: Float[Tensor, "c 1 1"], scale: Float[Tensor, "c 1 1"]):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
 
     def moments(self, x: Float[Tensor, "b k H W"]) -> tuple[Tensor, Tensor]:
         "Mean and standard deviation of the latents of each picture, normalised; deviation 0 where the autoencoder adds no noise."

@@ -11,18 +11,7 @@ from torch import nn
 from diffusion_nb.codecs import fit_codec, latent_loss, latents
 from diffusion_nb.denoisers import NetDenoiser, predict_v
 from diffusion_nb.emoji import pictures_of, words
-from diffusion_nb.experiments.latent import (
-    NAMES,
-    AutoencoderRecipe,
-    LatentRecipe,
-    autoencoder_trainer,
-    draw_latents,
-    latent_denoiser,
-    latent_trainer,
-    packed,
-    there_and_back,
-    unpacked,
-)
+from diffusion_nb.experiments.latent import NAMES, draw_latents, packed, spelling, there_and_back, unpacked
 from diffusion_nb.losses.autoencoder import kl_loss, vq_loss
 from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.models.taef2 import TAEF2
@@ -31,6 +20,13 @@ from diffusion_nb.nets.conditioning import CrossAttention, TokenReader
 from diffusion_nb.nets.latent import SmallAutoencoder, VectorQuantiser
 from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.latent import (
+    AutoencoderRecipe,
+    LatentRecipe,
+    autoencoder_trainer,
+    latent_denoiser,
+    latent_trainer,
+)
 from diffusion_nb.schedules import CosineSchedule
 
 
@@ -228,7 +224,7 @@ def test_a_short_training_lowers_the_error_and_is_kept(codes):
 
 
 def test_a_model_of_latents_learns_and_draws_from_texts():
-    r = LatentRecipe(width=8, dim=8, steps=3, batch=8, warmup=1)
+    r = spelling(LatentRecipe(width=8, dim=8, steps=3, batch=8, warmup=1))
     trainer = latent_trainer(r, torch.cat([numbers(16, 4, 7, 7), torch.ones(16, 4, 7, 7)], 1), ["one", "two"] * 8, device="cpu")  # fmt: skip
     denoiser = trainer.fit()
     assert trainer.step == 3 and not torch.equal(denoiser.net.context.embed.weight, latent_denoiser(r, (4, 7, 7)).net.context.embed.weight)  # fmt: skip

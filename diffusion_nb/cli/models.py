@@ -19,21 +19,31 @@ def device_name(device) -> str:
 
 
 def load_model(name: str):
-    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji or emoji-outlines."
+    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-codec or emoji-latent."
     from diffusion_nb.experiments.control import emoji_control_model
     from diffusion_nb.experiments.digits import digit_denoiser
     from diffusion_nb.experiments.emoji import emoji_model
+    from diffusion_nb.experiments.latent import emoji_codec, emoji_latent_model, emoji_latent_shape
     from diffusion_nb.experiments.pictures import cifar10_denoiser, fashion_denoiser, mnist_denoiser
     from diffusion_nb.models.model import About, Model
     from diffusion_nb.recipes.diffusion import recipe
+    from diffusion_nb.recipes.latent import AutoencoderRecipe
+    from diffusion_nb.recipes.settings import settings
 
+    pictures = lambda name, denoiser, shape, levels=256: lambda: Model(denoiser(), About("diffusion", recipe(name), shape, levels))  # fmt: skip
+    emoji_codec_model = lambda: Model(emoji_codec(), About("codec", settings("codec.emoji", AutoencoderRecipe), (3, 64, 64)))  # fmt: skip
+    with_recipe = lambda family, made, shape, codec=None: Model(made[0], About(family, made[1], shape), codec)
     own = {
-        "digits": (lambda: (digit_denoiser(), recipe("digits")), (1, 8, 8), 17),
-        "mnist": (lambda: (mnist_denoiser(), recipe("mnist-small")), (1, 28, 28), 256),
-        "fashion-mnist": (lambda: (fashion_denoiser(), recipe("fashion-small")), (1, 28, 28), 256),
-        "cifar10": (lambda: (cifar10_denoiser(), recipe("cifar10-small")), (3, 32, 32), 256),
-        "emoji": (emoji_model, (3, 32, 32), 256),
-        "emoji-outlines": (emoji_control_model, (3, 32, 32), 256),
+        "digits": pictures("digits", digit_denoiser, (1, 8, 8), 17),
+        "mnist": pictures("mnist-small", mnist_denoiser, (1, 28, 28)),
+        "fashion-mnist": pictures("fashion-small", fashion_denoiser, (1, 28, 28)),
+        "cifar10": pictures("cifar10-small", cifar10_denoiser, (3, 32, 32)),
+        "emoji": lambda: with_recipe("captions", emoji_model(), (3, 32, 32)),
+        "emoji-outlines": lambda: with_recipe("control", emoji_control_model(), (3, 32, 32)),
+        "emoji-codec": emoji_codec_model,
+        "emoji-latent": lambda: with_recipe(
+            "latent", emoji_latent_model(), emoji_latent_shape(), emoji_codec_model()
+        ),
     }
     if name not in own:
         return Model.load(name)
@@ -41,15 +51,18 @@ def load_model(name: str):
         raise ValueError(
             f"{name} is a model that comes with the book, and also a folder here: say ./{name} for the folder"
         )
-    load, shape, levels = own[name]
-    denoiser, r = load()
-    family = {"emoji": "captions", "emoji-outlines": "control"}.get(name, "diffusion")
-    return Model(denoiser, About(family, r, shape, levels))
+    return own[name]()
 
 
 def reads_captions(model) -> bool:
     "Whether a model draws from captions."
     return bool(getattr(model.about.recipe, "words", ()))
+
+
+def reader_of(model):
+    "What reads the captions that a model is given: as a bag of words, or as tokens."
+    net = model.denoiser.net
+    return getattr(net, "context", None) or net.label
 
 
 def names_of(about) -> tuple[str, ...]:
@@ -88,7 +101,7 @@ def condition_of(model, n: int, label: str | None, prompt: str | None) -> dict:
         captions = SOME_CAPTIONS if prompt is None else [c for c in map(str.strip, prompt.split(";")) if c]
         if not captions:
             raise ValueError("--prompt: expected a caption, such as 'red apple'; got none")
-        return {"y": model.denoiser.net.label.told([captions[i % len(captions)] for i in range(n)])}
+        return {"y": reader_of(model).told([captions[i % len(captions)] for i in range(n)])}
     if prompt is not None:
         raise ValueError("--prompt: this model draws from no captions; --model emoji does")
     classes, number = model.about.recipe.classes, label_of(label, model.about)
@@ -99,7 +112,7 @@ def condition_of(model, n: int, label: str | None, prompt: str | None) -> dict:
 def null_of(model):
     "What stands for any label or any caption, in the model's own terms; None where it knows neither."
     if reads_captions(model):
-        return model.denoiser.net.label.null
+        return reader_of(model).null
     return model.about.recipe.classes or None
 
 

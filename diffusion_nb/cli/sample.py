@@ -14,7 +14,7 @@ from diffusion_nb.cli.models import condition_of, device_name, hint_of, load_mod
 @dataclass
 class Sample:
     model: str = "digits"
-    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji or emoji-outlines."
+    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines or emoji-latent, which draws at 64×64."
     n: Annotated[int, arg(aliases=["--pictures"])] = 64
     "How many pictures (torchrun takes --n for its own: say --pictures)."
     steps: int | None = None
@@ -64,14 +64,17 @@ def sample(args: Sample) -> int:
         check_sample(args, model)
         (sampler, ts), denoiser = walk_of(args, model), ready(args, model, device)
         cond = condition_of(model, args.n, args.label, args.prompt) | hint_of(model, args.n, args.hint)
-        generate(file, denoiser, sampler, ts, args.n, model.about.shape, cond=cond or None,
+        decode = model.codec.denoiser.to(device).decode if model.codec else None
+        generate(file, denoiser, sampler, ts, args.n, model.about.shape, cond=cond or None, decode=decode,
                  first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
         if team.rank == 0:
             write_grid(file, out / "grid.png")
             if args.film:
                 first = torch.arange(min(args.n, 16))
                 of_first = {name: v[first] for name, v in cond.items()}
-                write_film(denoiser, sampler, ts, first + args.seed, model.about.shape, of_first, out / "film.gif")
+                write_film(
+                    denoiser, sampler, ts, first + args.seed, model.about.shape, of_first, out / "film.gif", decode
+                )
             here = dict(
                 seconds=round(time.perf_counter() - start, 1), device=device_name(device), processes=team.world
             )
@@ -94,6 +97,10 @@ def write_how(args: Sample, model, steps: int, here: dict, file: Path) -> None:
 
 def check_sample(args: Sample, model) -> None:
     "Raise ValueError for what this model cannot be asked."
+    if model.about.family == "codec":
+        raise ValueError(
+            f"--model: a codec draws nothing by itself; train --latent {args.model} makes a model of its latents"
+        )
     if weight_of(args, model) and null_of(model) is None:
         raise ValueError("--guidance: this model knows no labels to be guided to")
     if args.n < 1 or args.batch < 0 or (args.steps is not None and args.steps < 1):
@@ -113,7 +120,8 @@ def default_walk(model) -> tuple[str, int]:
         "student": ("ddim", model.about.steps),
         "consistency": ("consistency", 1),
     }
-    return steps.get(model.about.family, ("dpmpp_2m", 20) if reads_captions(model) else ("ddpm", 100))
+    few = reads_captions(model) or model.codec is not None
+    return steps.get(model.about.family, ("dpmpp_2m", 20) if few else ("ddpm", 100))
 
 
 def walk_of(args: Sample, model):
@@ -152,7 +160,7 @@ def ready(args: Sample, model, device):
         return denoiser
     w = weight_of(args, model)
     guided = CFG(denoiser, w, null_of(model)) if w else denoiser
-    return CompiledDenoiser(Clip(guided), bf16=args.bf16)
+    return CompiledDenoiser(Clip(guided, -6.0, 6.0) if model.codec else Clip(guided), bf16=args.bf16)
 
 
 def write_grid(file: Path, path: Path, most: int = 400) -> None:
@@ -177,25 +185,25 @@ def write_grid(file: Path, path: Path, most: int = 400) -> None:
     write_atomically(path, lambda p: Image.fromarray(grid).save(p, "PNG"))
 
 
-def write_film(denoiser, sampler, ts, seeds, shape, cond: dict, path: Path) -> None:
-    "The walk of a few pictures, drawn once more, as an animation of up to 40 frames: the states, scaled to one size, and what is guessed from them."
+def write_film(denoiser, sampler, ts, seeds, shape, cond: dict, path: Path, decode=None) -> None:
+    "The walk of a few pictures, drawn once more, as an animation of up to 40 frames: the states, scaled to one size, and what is guessed from them; decode: latents ↦ pictures."
     import torch
 
     from diffusion_nb.generation.generate import draw
     from diffusion_nb.util.images import animate
     from diffusion_nb.util.storage import write_atomically
 
-    frames, n = [], len(ts) - 1
+    frames, n, seen = [], len(ts) - 1, torch.no_grad()(decode or (lambda x: x))
     kept = {round(i * (n - 1) / 39) for i in range(40)} if n > 40 else set(range(n))
 
     def keep(i, x, pred):
         if i in kept:
             state = pred.x_t / (pred.alpha**2 + pred.sigma**2).sqrt() / 2
-            frames.append(torch.cat([state, pred.x0]).float().clamp(-1, 1).cpu())
+            frames.append(seen(torch.cat([state, pred.x0]).float()).clamp(-1, 1).cpu())
 
-    last = draw(denoiser, partial(sampler, callback=keep), ts, seeds, shape, cond).float().clamp(-1, 1).cpu()
+    last = seen(draw(denoiser, partial(sampler, callback=keep), ts, seeds, shape, cond).float()).clamp(-1, 1).cpu()
     frames += 10 * [torch.cat([last, last])]
-    gif = animate(frames, columns=len(seeds), scale=max(1, 64 // shape[1]))
+    gif = animate(frames, columns=len(seeds), scale=max(1, 64 // last.shape[2]))
     write_atomically(path, lambda p: p.write_bytes(gif))
 
 
@@ -240,9 +248,9 @@ def bits(args: BitsOptions) -> int:
     loaded, start = load_model(args.model), time.perf_counter()
     if loaded.about.family == "consistency":
         raise ValueError("--model: a consistency model is no denoiser of a chain, and has no bound on its bits")
-    if reads_captions(loaded) or loaded.about.family == "control":
+    if reads_captions(loaded) or loaded.about.family in ("control", "codec", "latent"):
         raise ValueError(
-            "--model: bits are of the labelled data sets; a model of captions, or with a control, has none here"
+            "--model: bits are of models of labelled pictures; one of captions, of latents, or with a control has none here"
         )
     model, r = Clip(loaded.denoiser).to(device), loaded.about.recipe
     data = data_set(r.data)

@@ -8,19 +8,20 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from diffusion_nb.cli.models import device_name, hints_for, load_model
+from diffusion_nb.cli.models import device_name
+from diffusion_nb.cli.tasks import family_of, task_of
 
 
 @dataclass
 class Train:
     data: str = "digits"
-    "Data set, see `diffusion-nb data`; or a folder of pictures, its subfolders being the classes; or an .npz file (arr_0, labels); or hf:NAME, a data set of the Hugging Face Hub."
+    "Data set, see `diffusion-nb data`; emoji, whose captions are read; or a folder of pictures, its subfolders being the classes; or an .npz file (arr_0, labels); or hf:NAME, a data set of the Hugging Face Hub."
     out: str | None = None
     "Folder to write, if not runs/DATA."
     recipe: str | None = None
     "Section [recipe.NAME] of settings.ini, if not that of the data set; [recipe.pictures] for one's own. ([vdm.NAME] and [dit.NAME] with these options.)"
     size: int | None = None
-    "Pixels to which the pictures of a folder, or of hf:NAME, are cropped and resized."
+    "Pixels to which the pictures of a folder, or of hf:NAME, are cropped and resized; of emoji 32 or 64."
     from_: Annotated[str | None, arg(name="from")] = None
     "A model to start from: a folder or a file of weights."
     steps: int | None = None
@@ -39,6 +40,10 @@ class Train:
     "For the bound, on a schedule that is learned (notebook 16); digits or cifar10."
     dit: bool = False
     "A diffusion transformer instead of a U-Net (notebook 24); sections [dit.NAME] of settings.ini. Its --width is a multiple of 4 and of its heads."
+    codec: bool = False
+    "An autoencoder, whose latents another model can draw (notebook 19); sections [codec.NAME] of settings.ini."
+    latent: str | None = None
+    "A model of the latents of this codec, a folder that train --codec wrote, or emoji-codec (notebook 19); sections [latent.NAME]."
     minutes: float | None = None
     "Stop after so many minutes; the same command goes on from there."
     every: int = 1000
@@ -92,92 +97,18 @@ def watchers(args: Train, out: Path, denoiser, shape, classes: int, device) -> l
     return hooks + board
 
 
-def pictures_of(args: Train):
-    "The pictures that were asked for, a data set by name, a folder, an .npz file or hf:NAME: (pictures or data set, labels, classes, shape, grey levels)."
-    from diffusion_nb.data import DATA_SETS, data_set
-    from diffusion_nb.training.folder import PictureFolder, PictureTable, read_hub, read_npz
-
-    path, hub = Path(args.data), args.data.removeprefix("hf:") if args.data.startswith("hf:") else None
-    named = args.data in {d.name for d in DATA_SETS}
-    if named and path.exists():
-        raise ValueError(
-            f"{args.data} is a data set, and also a file or folder here: say ./{args.data} for the latter"
-        )
-    resized = path.is_dir() or hub is not None
-    if bool(args.size) != resized:
-        raise ValueError("--size: say to how many pixels the pictures of a folder, or of hf:NAME, are resized, such as --size 32" if resized else
-                         "--size: it is of a folder of pictures; data sets and .npz files have their own size")  # fmt: skip
-    if resized:
-        found = PictureTable(read_hub(hub), args.size) if hub is not None else PictureFolder(path, args.size)
-        return found, None, len(found.classes) if len(found.classes) > 1 else 0, (3, args.size, args.size), 256
-    if named or not path.exists():
-        data = data_set(args.data)  # which names them where this is none
-        pictures = data.load()
-        return pictures.x, pictures.y, None, data.shape, data.levels
-    x, y = read_npz(path)
-    return x, y, 0 if y is None else int(y.max()) + 1, tuple(x.shape[1:]), 256
-
-
-def recipe_of(args: Train, classes: int | None):
-    "The recipe that was asked for, or that of the data set, with what the command line changes."
-    from diffusion_nb.recipes.diffusion import recipe
-    from diffusion_nb.recipes.dit import dit_recipe
-    from diffusion_nb.recipes.vdm import vdm_recipe
-
-    kind = {"diffusion": recipe, "vdm": vdm_recipe, "dit": dit_recipe}[family_of(args)]
-    name = args.recipe or (args.data if classes is None else "pictures")
-    given = {k: v for k in ("steps", "batch", "lr", "width", "seed") if (v := getattr(args, k)) is not None}
-    own = {} if classes is None else {"data": args.data, "classes": classes}
-    return replace(kind(name), **own, **given)
-
-
-def family_of(args: Train) -> str:
-    "The family of the model that was asked for."
-    asked = [name for name in ("vdm", "dit", "control") if getattr(args, name)]
-    if len(asked) > 1:
-        raise ValueError(f"--{' and --'.join(asked)} are kinds of models: say one")
-    return asked[0] if asked else "diffusion"
-
-
-def control_of(args: Train, x, shape):
-    "The recipe of a control of the model that was asked for, and that model with a fresh one. Raises ValueError where the pictures are not those of its kind."
-    import torch
-
-    from diffusion_nb.recipes.control import ControlRecipe, ControlTraining, controlled
-    from diffusion_nb.recipes.settings import settings
-
-    base = load_model(args.control)
-    if (
-        base.about.family != "diffusion"
-        or tuple(base.about.shape) != tuple(shape)
-        or not isinstance(x, torch.Tensor)
-    ):
-        raise ValueError(f"--control: expected a diffusion model of pictures of shape {tuple(shape)}, and a data set that fits into memory; "
-                         f"got a {base.about.family} model of {tuple(base.about.shape)}")  # fmt: skip
-    if args.from_ or args.grids or args.report or args.recipe or args.width:
-        raise ValueError("--control: not with --from, --grids, --report, --recipe and --width")
-    given = {k: v for k in ("steps", "batch", "lr", "seed") if (v := getattr(args, k)) is not None}
-    r = ControlRecipe(**asdict(base.about.recipe) | asdict(settings("control", ControlTraining)) | given)
-    return r, controlled(base.denoiser, 1, r.levels)
-
-
 def prepared(args: Train, team, out: Path):
-    "The trainer of the model that was asked for, and what that model is."
+    "The trainer of the model that was asked for, what that model is, and the task."
     import torch
 
     from diffusion_nb.models.model import About, Model, fill
-    from diffusion_nb.recipes.control import control_trainer
-    from diffusion_nb.recipes.diffusion import recipe_trainer
-    from diffusion_nb.recipes.vdm import vdm_trainer
     from diffusion_nb.util.checks import check_numbers
     from diffusion_nb.util.storage import own_tensors
 
     check_numbers(every=(args.every, 1), keep=(args.keep, 1), accumulate=(args.accumulate, 1), grids=(args.grids, 0), workers=(args.workers, 0))  # fmt: skip
-    x, y, classes, shape, levels = pictures_of(args)
-    family = family_of(args)
-    r, base = control_of(args, x, shape) if args.control else (recipe_of(args, classes), None)
-    about = About(family, r, shape, levels, start=args.control or args.from_)
-    device, denoiser = torch.device(args.device) if args.device else team.device, base or about.fresh()
+    task = task_of(args)
+    about = About(task.family, task.recipe, task.shape, task.levels, start=args.control or args.from_)
+    device, denoiser = torch.device(args.device) if args.device else team.device, task.denoiser or about.fresh()
     if args.from_:
         fill(denoiser, own_tensors(Model.load(args.from_).denoiser), f"--from {args.from_}")
     if args.deterministic:
@@ -185,12 +116,11 @@ def prepared(args: Train, team, out: Path):
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.set_float32_matmul_precision("high")  # TF32 where it is not bf16, as in convolutions
     torch.use_deterministic_algorithms(args.deterministic)
-    hints = dict(hint=hints_for(shape[0])(x if x.is_floating_point() else x / 127.5 - 1)) if args.control else {}
-    trainer = (control_trainer if args.control else vdm_trainer if args.vdm else recipe_trainer)(
-        r, x, y=y, **hints, denoiser=denoiser, device=device, bf16=args.bf16, compile=args.compile, checkpoint=out / "checkpoint.safetensors",
+    trainer = task.trainer(
+        denoiser=denoiser, device=device, bf16=args.bf16, compile=args.compile, checkpoint=out / "checkpoint.safetensors",
         save_every=args.every, keep_checkpoints=args.keep, accumulate=args.accumulate, skip=args.skip, shard=args.shard, workers=args.workers,
-        hooks=watchers(args, out, denoiser, shape, r.classes, device))  # fmt: skip
-    return trainer, about
+        hooks=watchers(args, out, denoiser, task.shape, task.classes, device))  # fmt: skip
+    return trainer, about, task
 
 
 def check_start(trainer, about, out: Path) -> None:
@@ -234,14 +164,15 @@ def write_down(args: Train, trainer, about, out: Path, steps_here: int, seconds:
     from diffusion_nb.util.storage import write_json
 
     write_json(out / "run.json", dict(
-        vdm=args.vdm, recipe=asdict(about.recipe), shape=about.shape, levels=about.levels, steps_here=steps_here, seconds_here=round(seconds, 1),
+        family=about.family, recipe=asdict(about.recipe), shape=about.shape, levels=about.levels, steps_here=steps_here, seconds_here=round(seconds, 1),
         device=device_name(trainer.device), processes=trainer.world, torch=torch.__version__, bf16=args.bf16, compile=args.compile,
         skipped=int(trainer.state.skipped), report=said, losses=trainer.losses))  # fmt: skip
     if trainer.step < trainer.steps:
         print(f"step {trainer.step} of {trainer.steps}; the same command goes on from there")
     if trainer.state.skipped:
         print(f"{int(trainer.state.skipped)} steps were left out, for their gradient was not finite")
-    print(f"wrote {out}/model.safetensors, model.json and run.json; next: diffusion-nb sample --model {out}")
+    following = f"train --data {args.data} --latent {out}" if about.family == "codec" else f"sample --model {out}"
+    print(f"wrote {out}/model.safetensors, model.json and run.json; next: diffusion-nb {following}")
 
 
 def train(args: Train) -> int:
@@ -249,11 +180,10 @@ def train(args: Train) -> int:
     from diffusion_nb.models.model import Model
     from diffusion_nb.training.sharding import process_group
 
-    out = Path(
-        args.out or f"runs/{'' if family_of(args) == 'diffusion' else family_of(args) + '-'}{Path(args.data).stem}"
-    )
+    family = family_of(args)
+    out = Path(args.out or f"runs/{'' if family in ('diffusion', 'captions') else family + '-'}{Path(args.data).stem}")  # fmt: skip
     with process_group(cpu=args.device == "cpu") as team:
-        trainer, about = prepared(args, team, out)
+        trainer, about, task = prepared(args, team, out)
         resumed, start = trainer.step, time.perf_counter()
         if resumed == trainer.steps and all((out / name).exists() for name in ("run.json", "model.safetensors")):
             print(f"{out} holds this run, finished; ask for more --steps to go on with it")
@@ -261,7 +191,7 @@ def train(args: Train) -> int:
         check_start(trainer, about, out)
         model = trainer.fit(args.minutes)
         if team.rank == 0:
-            Model(model, about).save(out)
+            Model(task.finish(model), about, task.codec).save(out)
             said = write_report(model, trainer, about, out, args.workers) if args.report else {}
             write_down(args, trainer, about, out, trainer.step - resumed, time.perf_counter() - start, said)
     return 0

@@ -38,8 +38,6 @@ def artifact_makers() -> dict:
     )
     from diffusion_nb.experiments.judge import JudgeRecipe, train_judge
     from diffusion_nb.experiments.latent import (
-        AutoencoderRecipe,
-        LatentRecipe,
         train_emoji_codec,
         train_emoji_latent,
         train_mnist_codec,
@@ -66,6 +64,7 @@ def artifact_makers() -> dict:
     from diffusion_nb.recipes.captions import CaptionRecipe
     from diffusion_nb.recipes.diffusion import recipe
     from diffusion_nb.recipes.dit import dit_recipe
+    from diffusion_nb.recipes.latent import AutoencoderRecipe, LatentRecipe
     from diffusion_nb.recipes.settings import settings as of
 
     return {
@@ -95,12 +94,12 @@ def artifact_makers() -> dict:
         "mnist_students": (run_students, of("mnist_students", StudentsRecipe)),
         "references": (make_references, of("references", ReferenceRecipe)),
         "emoji_judge": (train_emoji_judge, of("judge.emoji", EmojiJudgeRecipe)),
-        "emoji": (train_emoji, of("emoji", CaptionRecipe)),
-        "mnist_kl": (train_mnist_codec, of("19_latent.mnist-kl", AutoencoderRecipe)),
-        "mnist_vq": (train_mnist_codec, of("19_latent.mnist-vq", AutoencoderRecipe)),
-        "mnist_latent": (train_mnist_latent, of("19_latent.mnist", LatentRecipe)),
-        "emoji_kl": (train_emoji_codec, of("19_latent.emoji-kl", AutoencoderRecipe)),
-        "emoji_latent": (train_emoji_latent, of("19_latent.emoji", LatentRecipe)),
+        "emoji": (train_emoji, of("recipe.emoji", CaptionRecipe)),
+        "mnist_kl": (train_mnist_codec, of("codec.mnist", AutoencoderRecipe)),
+        "mnist_vq": (train_mnist_codec, of("codec.mnist-vq", AutoencoderRecipe)),
+        "mnist_latent": (train_mnist_latent, of("latent.mnist", LatentRecipe)),
+        "emoji_kl": (train_emoji_codec, of("codec.emoji", AutoencoderRecipe)),
+        "emoji_latent": (train_emoji_latent, of("latent.emoji", LatentRecipe)),
         "control_digits": (run_digits_control, digits_control_recipe()),
         "control_emoji": (train_emoji_control, emoji_control_recipe()),
         "control_emoji_table": (run_emoji_control, emoji_table_recipe()),

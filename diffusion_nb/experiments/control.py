@@ -54,7 +54,7 @@ class EmojiControl(ControlTraining):
 
 def emoji_control_recipe() -> EmojiControl:
     "The recipe of settings.ini, with that of the model of emoji."
-    return replace(settings("control.emoji", EmojiControl), base=settings("emoji", CaptionRecipe))
+    return replace(settings("control.emoji", EmojiControl), base=settings("recipe.emoji", CaptionRecipe))
 
 
 def train_emoji_control(r: EmojiControl, **options) -> tuple[dict, dict]:

@@ -59,7 +59,7 @@ def training_pictures(data: Emoji) -> tuple[Float[Tensor, "n 3 s s"], list[str]]
 
 def emoji_model() -> tuple[NetDenoiser, CaptionRecipe]:
     "The trained model of emoji, which draws from captions (artifact `emoji`, [emoji]), in eval mode, and its recipe with its words."
-    r = settings("emoji", CaptionRecipe)
+    r = settings("recipe.emoji", CaptionRecipe)
     weights = dict(artifact("emoji", train_emoji, r)[0])
     r = replace(r, words=tuple(bytes(weights.pop("words").tolist()).decode().split("\n")))
     denoiser = caption_denoiser(r, (3, 32, 32))

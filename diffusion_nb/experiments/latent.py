@@ -1,20 +1,18 @@
 """Autoencoders and latent diffusion models of MNIST and of emoji (notebook 19)."""
 
 import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from diffusion_nb.codecs import Codec, fit_codec, latent_loss, latents
+from diffusion_nb.codecs import Codec, fit_codec, latents
 from diffusion_nb.data import data_set
 from diffusion_nb.denoisers import Clip, NetDenoiser
-from diffusion_nb.emoji import Emoji, emoji, vocabulary, words
+from diffusion_nb.emoji import Emoji, emoji, vocabulary
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.emoji import emoji_judge, judge_captions, train_emoji, training_pictures
 from diffusion_nb.experiments.judge import accuracy_of, mnist_judge
@@ -22,60 +20,25 @@ from diffusion_nb.experiments.pictures import halved, trained_on
 from diffusion_nb.experiments.reference import ReferenceRecipe, against, features, make_references, reference
 from diffusion_nb.grids import edm_grid
 from diffusion_nb.guidance import CFG
-from diffusion_nb.losses.autoencoder import kl_loss, vq_loss
-from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.metrics.features import frechet_distance
-from diffusion_nb.nets.conditioning import TokenReader
-from diffusion_nb.nets.latent import SmallAutoencoder, VectorQuantiser
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.captions import CaptionRecipe
-from diffusion_nb.recipes.diffusion import Recipe, Training, chosen
+from diffusion_nb.recipes.latent import (
+    AutoencoderRecipe,
+    LatentRecipe,
+    autoencoder_trainer,
+    latent_denoiser,
+    latent_trainer,
+)
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.samplers.linear import dpmpp_2m
 from diffusion_nb.training.batches import flip_half
-from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.checks import default_device
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 # autoencoders
-
-
-@dataclass(frozen=True)
-class AutoencoderRecipe(Training):
-    "A small autoencoder and its training. weight: of the KL divergence. codes: of a quantiser instead, with none 0."
-
-    data: str = "mnist"
-    latent: int = 4
-    widths: tuple[int, ...] = (16, 32)
-    blocks: int = 1
-    patch: int = 2
-    weight: float = 0.01
-    codes: int = 0
-    steps: int = 3000
-    lr: float = 0.003
-    ema: float = 0.998
-
-    def fresh(self, channels: int) -> SmallAutoencoder:
-        "The network, not trained, from the recipe's seed."
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            quantiser = VectorQuantiser(self.codes, self.latent) if self.codes else None
-            return SmallAutoencoder(channels, self.latent, self.widths, self.blocks, self.patch, quantiser)
-
-
-def restarts(trainer: Trainer, every: int = 50, share: float = 0.5) -> None:
-    "A hook: codes that are not used begin anew every so many steps, in the first share of a training."
-    if trainer.step % every == 0 and trainer.step <= share * trainer.steps:
-        trainer.denoiser.quantiser.restart()
-
-
-def autoencoder_trainer(r: AutoencoderRecipe, x: Tensor, **options) -> Trainer:
-    "The trainer of an autoencoder of pictures x. options: those of `Trainer`."
-    loss = vq_loss if r.codes else partial(kl_loss, weight=r.weight)
-    hooks = [*options.pop("hooks", []), *([restarts] if r.codes else [])]
-    return Trainer(r.fresh(x.shape[1]), x, loss=loss, hooks=hooks, **r.options(), **options)
 
 
 def psnr(x: Float[Tensor, "n *d"], made: Float[Tensor, "n *d"]) -> float:
@@ -165,60 +128,16 @@ def train_emoji_codec(r: AutoencoderRecipe, **options) -> tuple[dict, dict]:
 
 def emoji_codec() -> Codec:
     "The autoencoder of emoji at 64×64 (artifact `emoji_kl`)."
-    r = settings("19_latent.emoji-kl", AutoencoderRecipe)
+    r = settings("codec.emoji", AutoencoderRecipe)
     return unpacked(r, 3, artifact("emoji_kl", train_emoji_codec, r)[0])
 
 
 def emoji_latent_shape() -> tuple[int, int, int]:
     "The shape of the latents of an emoji of 64×64."
-    return settings("19_latent.emoji-kl", AutoencoderRecipe).latent, 8, 8
+    return settings("codec.emoji", AutoencoderRecipe).latent, 8, 8
 
 
 # diffusion models of their latents
-
-
-@dataclass(frozen=True)
-class LatentRecipe(Recipe):
-    "A diffusion model of latents, which reads tokens, and its training. dim: of a token. words: those it knows, from the data where there are none."
-
-    data: str = "mnist"
-    width: int = 32
-    mults: tuple[int, ...] = (1,)
-    attention: tuple[int, ...] = (0,)
-    classes: int = 0
-    dim: int = 32
-    words: tuple[str, ...] = ()
-    length: int = 5
-    steps: int = 3000
-    lr: float = 0.002
-    warmup: int = 200
-    ema: float = 0.998
-
-
-def reader_of(r: LatentRecipe) -> TokenReader:
-    "What reads the conditions of a recipe: names of digits, letter by letter, or captions, word by word."
-    if r.data == "mnist":
-        return TokenReader(sorted(set("".join(NAMES))), r.length, r.dim, list)
-    return TokenReader(r.words or vocabulary(emoji(64).captions), r.length, r.dim, words)
-
-
-def latent_denoiser(r: LatentRecipe, shape: Sequence[int]) -> NetDenoiser:
-    "The fresh network of a recipe, for latents of this shape."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(r.seed)
-        reader = reader_of(r)
-        return NetDenoiser(r.network(shape[0], scale_shift=True, context=reader), chosen(r)[0](), chosen(r)[1])
-
-
-def latent_trainer(r: LatentRecipe, z: Float[Tensor, "n 2*c h w"], texts: Sequence[str], **options) -> Trainer:
-    "The trainer of a model of latents z, means and deviations as `latents` makes them, with a text for each. options: those of `Trainer`."
-    denoiser = latent_denoiser(r, (z.shape[1] // 2, *z.shape[2:]))
-    reader, loss = denoiser.net.context, partial(latent_loss, loss=partial(denoising_loss, weight=chosen(r)[2]))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "x0: pictures are expected")  # latents go beyond [-1, 1]
-        return Trainer(
-            denoiser, z, loss=loss, cond={"y": reader.told(texts)}, null=reader.null, **r.options(), **options
-        )
 
 
 @torch.no_grad()
@@ -248,11 +167,16 @@ def draw_through(
     return torch.cat([codec.decode(part).clamp(-1, 1) for part in z.split(100)])
 
 
+def spelling(r: LatentRecipe) -> LatentRecipe:
+    "The recipe, with the letters of the names of digits as words."
+    return replace(r, words=tuple(sorted(set("".join(NAMES)))))
+
+
 def train_mnist_latent(r: LatentRecipe, **options) -> tuple[dict, dict]:
     "A latent diffusion model of MNIST that reads the spelled names of digits, and what the judge says of 500 drawings at each weight of guidance."
     data, (codec, *_) = data_set("mnist").load(), mnist_codec()
     z, texts = latents(codec, data.x), [NAMES[i] for i in data.y.tolist()]
-    denoiser = latent_trainer(r, z, texts, device=default_device(), **options).fit().cpu()
+    denoiser = latent_trainer(spelling(r), z, texts, device=default_device(), **options).fit().cpu()
     weights, judge, y, said = halved(denoiser.net), mnist_judge(), torch.arange(500) % 10, {}
     denoiser.net.load_state_dict(weights)
     real, held = reference("mnist").real.float(), data.x_test[:500]
@@ -270,8 +194,8 @@ def train_mnist_latent(r: LatentRecipe, **options) -> tuple[dict, dict]:
 
 def mnist_latent() -> NetDenoiser:
     "The latent diffusion model of MNIST (artifact `mnist_latent`), in eval mode."
-    r = settings("19_latent.mnist", LatentRecipe)
-    denoiser = latent_denoiser(r, (4, 7, 7))
+    r = settings("latent.mnist", LatentRecipe)
+    denoiser = latent_denoiser(spelling(r), (4, 7, 7))
     denoiser.net.load_state_dict(artifact("mnist_latent", train_mnist_latent, r)[0])
     return denoiser.eval().requires_grad_(False)
 
@@ -279,7 +203,7 @@ def mnist_latent() -> NetDenoiser:
 def train_emoji_latent(r: LatentRecipe, **options) -> tuple[dict, dict]:
     "A latent diffusion model of emoji at 64×64 that reads captions, and what the judge says of its drawings at half the size."
     data, codec = emoji(64), emoji_codec()
-    x, captions = training_pictures(data)
+    r, (x, captions) = replace(r, words=vocabulary(data.captions)), training_pictures(data)
     denoiser = latent_trainer(r, latents(codec, x), captions, device=default_device(), **options).fit().cpu()
     weights = halved(denoiser.net)
     denoiser.net.load_state_dict(weights)
@@ -303,32 +227,33 @@ def judged_latent(codec: Codec, denoiser: NetDenoiser, data: Emoji, w: float = 2
     return said | {"all held-out captions": against(real, features(judge, held))}
 
 
-def emoji_latent() -> NetDenoiser:
-    "The latent diffusion model of emoji (artifact `emoji_latent`), in eval mode."
-    r = settings("19_latent.emoji", LatentRecipe)
-    return unpacked_words(r, dict(artifact("emoji_latent", train_emoji_latent, r)[0]))
-
-
-def unpacked_words(r: LatentRecipe, tensors: dict[str, Tensor]) -> NetDenoiser:
-    "The model that an artifact keeps with its words, in eval mode, without gradients."
-    known = tuple(bytes(tensors.pop("words").tolist()).decode().split("\n"))
-    denoiser = latent_denoiser(LatentRecipe(**vars(r) | {"words": known}), emoji_latent_shape())
+def emoji_latent_model() -> tuple[NetDenoiser, LatentRecipe]:
+    "The latent diffusion model of emoji (artifact `emoji_latent`), in eval mode, and its recipe with its words."
+    r = settings("latent.emoji", LatentRecipe)
+    tensors = dict(artifact("emoji_latent", train_emoji_latent, r)[0])
+    r = replace(r, words=tuple(bytes(tensors.pop("words").tolist()).decode().split("\n")))
+    denoiser = latent_denoiser(r, emoji_latent_shape())
     denoiser.net.load_state_dict(tensors)
-    return denoiser.eval().requires_grad_(False)
+    return denoiser.eval().requires_grad_(False), r
+
+
+def emoji_latent() -> NetDenoiser:
+    "The latent diffusion model of emoji, in eval mode."
+    return emoji_latent_model()[0]
 
 
 MADE = {
-    "mnist_kl": (train_mnist_codec, "19_latent.mnist-kl", AutoencoderRecipe),
-    "mnist_vq": (train_mnist_codec, "19_latent.mnist-vq", AutoencoderRecipe),
-    "emoji_kl": (train_emoji_codec, "19_latent.emoji-kl", AutoencoderRecipe),
-    "mnist_latent": (train_mnist_latent, "19_latent.mnist", LatentRecipe),
-    "emoji_latent": (train_emoji_latent, "19_latent.emoji", LatentRecipe),
+    "mnist_kl": (train_mnist_codec, "codec.mnist", AutoencoderRecipe),
+    "mnist_vq": (train_mnist_codec, "codec.mnist-vq", AutoencoderRecipe),
+    "emoji_kl": (train_emoji_codec, "codec.emoji", AutoencoderRecipe),
+    "mnist_latent": (train_mnist_latent, "latent.mnist", LatentRecipe),
+    "emoji_latent": (train_emoji_latent, "latent.emoji", LatentRecipe),
 }  # what makes each artifact of this module, by the recipe of which section
 
 
 def pixel_scores() -> dict[str, dict]:
     "Of the model of emoji at 32×32: what the judge said in the course of its training, and of all held-out captions at its end, and of held-out emoji."
-    course = artifact("emoji", train_emoji, settings("emoji", CaptionRecipe))[1]["metrics"]
+    course = artifact("emoji", train_emoji, settings("recipe.emoji", CaptionRecipe))[1]["metrics"]
     end = artifact("references", make_references, settings("references", ReferenceRecipe))[1]["metrics"]["emoji"]
     return course | {"all held-out captions": end["drawn"], "held-out emoji": end["held out"]}
 

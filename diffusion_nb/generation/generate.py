@@ -59,7 +59,7 @@ def share_of(rank: int | None, world: int | None) -> tuple[int, int, bool]:
 
 
 def check_generate(
-    out: Path, n: int, shape: Sequence[int], chunk: int | None, rank: int, world: int, denoiser: Denoiser
+    out: Path, n: int, shape: Sequence[int] | None, chunk: int | None, rank: int, world: int, denoiser: Denoiser
 ) -> None:
     "Raise ValueError, saying what was expected, for arguments that cannot be meant."
     if n < 1:
@@ -68,7 +68,7 @@ def check_generate(
         raise ValueError(
             f"out: expected a name that ends in .safetensors or .npz, or a folder for PNG files (no ending); got {out.name!r}"
         )
-    if out.suffix != ".safetensors" and not (len(shape) == 3 and shape[0] in (1, 3)):
+    if shape and out.suffix != ".safetensors" and not (len(shape) == 3 and shape[0] in (1, 3)):
         raise ValueError(
             f"out: pictures of shape {tuple(shape)} do not fit into {out.suffix or 'PNG'}, which holds (1 or 3, h, w); name a .safetensors file"
         )
@@ -105,7 +105,7 @@ def missing(
 
 
 def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[Tensor, " m+1"], n: int, shape: Sequence[int], *,
-             cond: Callable | dict[str, Tensor] | None = None, first: int = 0, chunk: int | None = None,
+             cond: Callable | dict[str, Tensor] | None = None, decode: Callable | None = None, first: int = 0, chunk: int | None = None,
              rank: int | None = None, world: int | None = None, replace: bool = False) -> bool:  # fmt: skip
     """Draw the pictures of seeds first … first + n - 1 into `out`; stopped at any moment, the same call goes on. True once all are there.
 
@@ -115,6 +115,7 @@ def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[T
     Beside it: out.parts, the finished chunks, until all are there; then out.json, the record.
     sampler: called as sampler(denoiser, x, ts, noise=noise, **cond), from sigma(ts[0]) times noise. shape: of one picture.
     cond: seeds (b,) ↦ {name: tensor, one row per seed}, or tensors with one row per picture. Integers `y` (b,) are kept as labels.
+    decode: latents (b, *shape) ↦ pictures, such as a codec's, for a model of latents; its parameters' device is the denoiser's.
     chunk: pictures at a time; by default what the run began with, or the largest that fits. With one chunk size all pictures are the same bit for bit
     however often the run was stopped and however many processes there were; with another, to rounding.
     rank, world: this process draws the chunks rank, rank + world, …; from torch.distributed if it is initialised, where rank 0 then puts the parts
@@ -124,11 +125,12 @@ def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[T
     KeyboardInterrupt after Ctrl-C and SIGTERM and OSError for a full disk or a folder that cannot be written, both saying what is safe.
     """
     out, (rank, world, team) = Path(out), share_of(rank, world)
-    check_generate(out, n, shape, chunk, rank, world, denoiser)
+    check_generate(out, n, None if decode else shape, chunk, rank, world, denoiser)
     told = conditions(cond or {}, n, first)
     if isinstance(cond, dict):
         check_cond(denoiser, n, cond)
-    parts = ChunkStore(out, record(denoiser, sampler, ts, n, shape, cond or {}, first))
+    drawn_by = (sampler, decode) if decode else sampler
+    parts = ChunkStore(out, record(denoiser, drawn_by, ts, n, shape, cond or {}, first))
 
     with report_on_interrupt(parts.said):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +147,7 @@ def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[T
             for new, i in missing(n, safe, chunk, rank, world):
                 x = draw(denoiser, sampler, ts, i + first, shape, rows := told(i))
                 check_pictures(x, i + first, shape)
+                x = decoded(decode, x) if decode else x
                 parts.add(kept(x, i + first, rows, new, bytes=out.suffix != ".safetensors"))
         if team:
             dist.barrier()
@@ -154,6 +157,15 @@ def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[T
         if team:
             dist.barrier()
     return done or (team and finished(parts))
+
+
+@torch.no_grad()
+def decoded(decode: Callable, z: Float[Tensor, "b *d"]) -> Float[Tensor, "b c h w"]:
+    "The pictures of latents. Raises ValueError where they are no pictures, one for each."
+    x = decode(z)
+    if x.ndim != 4 or len(x) != len(z):
+        raise ValueError(f"decode: expected pictures ({len(z)}, c, h, w); got {tuple(x.shape)}")
+    return x
 
 
 def kept(x: Float[Tensor, "b *shape"], seeds: Int[Tensor, " b"], cond: dict[str, Tensor], new: Int[Tensor, " k"], bytes: bool) -> dict[str, Tensor]:  # fmt: skip

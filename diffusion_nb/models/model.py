@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from diffusion_nb.denoisers import DenoiserConsistency
 from diffusion_nb.recipes.captions import CaptionRecipe, caption_denoiser
 from diffusion_nb.recipes.control import ControlRecipe, control_denoiser
-from diffusion_nb.recipes.diffusion import NetRecipe, Recipe, recipe_denoiser
+from diffusion_nb.recipes.diffusion import Recipe, Training, recipe_denoiser
 from diffusion_nb.recipes.dit import DiTRecipe, dit_denoiser
+from diffusion_nb.recipes.latent import AutoencoderRecipe, LatentRecipe, fresh_codec, latent_denoiser
 from diffusion_nb.recipes.settings import typed
 from diffusion_nb.recipes.vdm import VDMRecipe, vdm_denoiser
 from diffusion_nb.util.checks import check_numbers
@@ -24,6 +25,8 @@ FAMILIES = {  # the kind of recipe, and what builds its network
     "captions": (CaptionRecipe, caption_denoiser),
     "dit": (DiTRecipe, dit_denoiser),
     "control": (ControlRecipe, control_denoiser),
+    "codec": (AutoencoderRecipe, fresh_codec),
+    "latent": (LatentRecipe, latent_denoiser),
     "student": (Recipe, recipe_denoiser),  # of progressive distillation
     "consistency": (Recipe, lambda r, shape: DenoiserConsistency(recipe_denoiser(r, shape))),
 }
@@ -35,7 +38,7 @@ class About:
     "What model.json says: the family, the recipe of the network, the shape and grey levels of its pictures, of a student its steps, and the weights from which its training started, if not from fresh ones."
 
     family: str
-    recipe: NetRecipe
+    recipe: Training
     shape: tuple[int, int, int]
     levels: int = 256
     steps: int = 0
@@ -51,18 +54,21 @@ class About:
 
 @dataclass(frozen=True)
 class Model:
-    """A trained denoiser, or consistency function, and what it is.
+    """A trained denoiser, consistency function or codec, and what it is; for a model of latents also the codec that makes pictures of them.
 
-    `Model(denoiser, about).save(folder)` writes model.safetensors and model.json; `Model.load(folder)` reads them.
+    `Model(denoiser, about).save(folder)` writes model.safetensors and model.json, a codec to codec/; `Model.load(folder)` reads them.
     """
 
     denoiser: nn.Module
     about: About
+    codec: "Model | None" = None
 
     def save(self, folder: Path | str) -> None:
         "Write the folder. Raises OSError where it cannot be written."
         self.about.save(folder)
         save_tensors(Path(folder) / FILES[0], own_tensors(self.denoiser), {})
+        if self.codec:
+            self.codec.save(Path(folder) / "codec")
 
     @classmethod
     def load(cls, path: Path | str) -> "Model":
@@ -85,7 +91,8 @@ class Model:
         denoiser, tensors = about.fresh(), read_weights(file)
         averaged = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
         fill(denoiser, averaged or tensors, f"{file}, by its model.json,")
-        return cls(denoiser.eval().requires_grad_(False), about)
+        codec = cls.load(folder / "codec") if about.family == "latent" else None
+        return cls(denoiser.eval().requires_grad_(False), about, codec)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         "Publish the model on the Hugging Face Hub, with a card that says what it is; returns the address of the commit."
@@ -107,7 +114,7 @@ class Model:
             return cls.load(name)
         from huggingface_hub import snapshot_download
 
-        files = [FILES[0], "model.json"]
+        files = [FILES[0], "model.json", "codec/*"]
         return cls.load(snapshot_download(str(name), revision=revision, token=token, allow_patterns=files))
 
 
