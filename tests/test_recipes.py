@@ -7,12 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion_nb.codecs import latents
 from diffusion_nb.data import DATA_SETS, Pictures
 from diffusion_nb.denoisers import DenoiserConsistency
 from diffusion_nb.experiments.catalogue import artifact_makers
 from diffusion_nb.recipes import consistency, distillation, vdm
+from diffusion_nb.recipes.captions import CaptionRecipe, caption_trainer
 from diffusion_nb.recipes.diffusion import recipe, recipe_denoiser, recipe_trainer
 from diffusion_nb.recipes.dit import dit_denoiser, dit_recipe
+from diffusion_nb.recipes.latent import (
+    AutoencoderRecipe,
+    LatentRecipe,
+    autoencoder_trainer,
+    fresh_codec,
+    latent_trainer,
+)
 from diffusion_nb.recipes.settings import settings
 
 INI = configparser.ConfigParser(interpolation=None)
@@ -41,7 +50,7 @@ def kind(start):
     return [s.partition(".")[2] for s in NAMES if s.startswith(f"{start}.")]
 
 
-@pytest.mark.parametrize("name", kind("recipe"))
+@pytest.mark.parametrize("name", [n for n in kind("recipe") if n != "emoji"])
 def test_recipes(name, profile):
     made = trainer(name, recipe_trainer, recipe(name))
     x0, t, eps, cond = next(made.batches(0))
@@ -61,6 +70,26 @@ def test_dit_recipes(name, profile):
     recipe_trainer(replace(r, batch=2), *pictures(r.data, r.classes)[:2], denoiser=denoiser, device="cpu")
 
 
+def test_the_recipe_of_captions(profile):
+    r = replace(settings("recipe.emoji", CaptionRecipe), words=("red", "apple"))
+    made = caption_trainer(replace(r, batch=2), pictures("pictures", 0).x, ["red apple", "red"] * 2, device="cpu")
+    assert (r.data, made.steps) == ("emoji", r.steps) and made.denoiser.net.label.null.shape == (2,)
+
+
+SIDES = {"emoji": (3, 64, 64), "pictures": (3, 64, 64), "mnist": (1, 28, 28)}
+
+
+@pytest.mark.parametrize("name", kind("codec"))
+def test_recipes_of_codecs_and_of_their_latents(name, profile):
+    r = settings(f"codec.{name}", AutoencoderRecipe)
+    x = torch.full((4, *SIDES[r.data]), -1.0)
+    autoencoder_trainer(replace(r, batch=2), x, device="cpu")
+    z = latents(fresh_codec(r, SIDES[r.data]), x)
+    of_latents = settings(f"latent.{name.removesuffix('-vq')}", LatentRecipe)
+    made = latent_trainer(replace(of_latents, batch=2, classes=10), z, torch.zeros(4, dtype=torch.long), device="cpu")  # fmt: skip
+    assert z.shape[1] == 2 * r.latent and made.steps == of_latents.steps
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_consistency_recipes(name, profile):
     r, teacher = settings(f"consistency.{name}", consistency.ConsistencyRecipe), recipe(name)
@@ -78,7 +107,11 @@ def test_no_section_is_left_out():
     "What is not a recipe is a notebook's, or an artifact's."
     makers = artifact_makers()
     assert makers and all(is_dataclass(r) for _, r in makers.values())
-    others = [s for s in NAMES if not s.startswith(("recipe.", "vdm.", "dit.", "consistency.", "distill."))]
+    others = [
+        s
+        for s in NAMES
+        if not s.startswith(("recipe.", "vdm.", "dit.", "codec.", "latent.", "consistency.", "distill."))
+    ]
     text = "".join(
         p.read_text()
         for folder in ("nbs", "diffusion_nb")
