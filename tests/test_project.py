@@ -63,3 +63,27 @@ def test_the_command_says_its_versions():
 
 def test_types_travel_with_the_package():
     assert (Path(dn.__file__).parent / "py.typed").exists()
+
+
+WITHOUT_THE_BOOK = """
+import importlib.abc, importlib.util, sys
+names = {"jupyterlab", "ipywidgets", "nbclient", "nbformat", "latex2mathml", "IPython", "ipykernel"}
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in names:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name in names else real(name, *a)
+from diffusion_nb.cli.main import main
+import diffusion_nb as dn
+print(len(dn.__all__), main(["sample", "--n", "2", "--steps", "2", "--device", "cpu"]), main(["run"]))
+"""
+
+
+def test_the_library_needs_nothing_of_the_book(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_THE_BOOK], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"{len(dn.__all__)} 0 1", done.stderr
+    assert (
+        "pip install 'diffusion_nb[book,emoji]'" in done.stderr and (tmp_path / "runs/samples/grid.png").exists()
+    )

@@ -31,9 +31,13 @@ class Run:
 
 def run(args: Run) -> int:
     "Execute the notebooks side by side, each in a fresh kernel, and write the book as web pages; goes on where an earlier run stopped."
+    from importlib.util import find_spec
+
     from diffusion_nb.book.run import Record, chosen, how_many, run_book, state_of
     from diffusion_nb.util.storage import project_root
 
+    if lack := [name for name in ("nbclient", "ipykernel", "sympy", "latex2mathml") if not find_spec(name)]:
+        raise ImportError(f"the book needs what the library does not, {', '.join(lack)}: pip install 'diffusion_nb[book,emoji]'")  # fmt: skip
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"--jobs: expected at least 1 notebook at a time, got {args.jobs}")
     nbs, start = Path(args.book or project_root() / "nbs"), time.perf_counter()

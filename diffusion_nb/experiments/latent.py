@@ -106,7 +106,7 @@ def rounded(said: dict) -> dict:
 
 def mnist_codec(kind: str = "kl") -> tuple[Codec, Tensor, Tensor]:
     "The autoencoder of MNIST (artifact `mnist_kl` or `mnist_vq`), and 40 held-out digits with their labels."
-    r = settings(f"19_latent.mnist-{kind}", AutoencoderRecipe)
+    r = settings("codec.mnist-vq" if kind == "vq" else "codec.mnist", AutoencoderRecipe)
     tensors = dict(artifact(f"mnist_{kind}", train_mnist_codec, r)[0])
     digits, labels = tensors.pop("digits") / 127.5 - 1, tensors.pop("labels")
     return unpacked(r, 1, tensors), digits, labels
