@@ -215,7 +215,7 @@ def prepare(root: Path, src: Path) -> None:
         key=lambda s: (s not in read, read.index(s) if s in read else s),
     )
     more = [stem for stem in book if stem not in (*numbered, "index", "ledger")]
-    toctrees = [contents("The book", numbered), contents("Beside it", ["ledger", "parity", *more, "running", "CONTRIBUTING"]),
+    toctrees = [contents("The book", numbered), contents("Beside it", ["guide", "ledger", "parity", *more, "running", "CONTRIBUTING"]),
                 contents("The library", [f"api/{name}" for name in modules])]  # fmt: skip
     book["index"].cells.append(nbformat.v4.new_markdown_cell("\n".join(toctrees)))
     book["ledger"].cells.insert(1, nbformat.v4.new_markdown_cell(ledger_parts(root, rows, list(modules))))
