@@ -25,6 +25,7 @@ FACE = {
     "losses.consistency": "consistency_distillation consistency_training",
     "samplers.linear": "ddpm ddim ddim_step invert slerp dpmpp_2m dpmpp_2m_sde dpmpp_3m dpmpp_3m_sde",
     "samplers.guided": "guided_ddpm",
+    "samplers.cascade": "upsample",
     "samplers.heun": "heun",
     "samplers.singlestep": "dpmpp_2s",
     "samplers.langevin": "langevin annealed_langevin",
@@ -40,6 +41,7 @@ FACE = {
     "nets.edm2": "EDM2UNet",
     "nets.words": "BagOfWords",
     "nets.controlnet": "ControlNet",
+    "nets.upsampler": "Upsampler",
     "nets.autoencoder": "KLAutoencoder",
     "nets.latent": "SmallAutoencoder",
     "nets.conditioning": "CrossAttention TokenReader",
@@ -56,6 +58,7 @@ FACE = {
     "experiments.digits": "digit_denoiser",
     "experiments.pictures": "mnist_denoiser fashion_denoiser cifar10_denoiser draw_pictures",
     "experiments.emoji": "emoji_denoiser draw_captions",
+    "experiments.cascade": "emoji_upsampler enlarge_emoji",
     "experiments.latent": "mnist_codec mnist_latent draw_through",
 }
 HOME = {name: module for module, names in FACE.items() for name in names.split()}

@@ -4,6 +4,12 @@
 def artifact_makers() -> dict:
     "(function, its recipe) for each artifact that comes with the book, those that others need first."
     from diffusion_nb.experiments.ablation import AblationRecipe, run_ablation
+    from diffusion_nb.experiments.cascade import (
+        DigitsCascade,
+        UpsamplerRecipe,
+        run_digits_cascade,
+        train_emoji_upsampler,
+    )
     from diffusion_nb.experiments.consistency import DigitsConsistency, run_consistency
     from diffusion_nb.experiments.control import (
         digits_control_recipe,
@@ -100,6 +106,8 @@ def artifact_makers() -> dict:
         "mnist_latent": (train_mnist_latent, of("latent.mnist", LatentRecipe)),
         "emoji_kl": (train_emoji_codec, of("codec.emoji", AutoencoderRecipe)),
         "emoji_latent": (train_emoji_latent, of("latent.emoji", LatentRecipe)),
+        "cascade_digits": (run_digits_cascade, of("20_cascade.digits", DigitsCascade)),
+        "emoji_upsampler": (train_emoji_upsampler, of("20_cascade.emoji", UpsamplerRecipe)),
         "control_digits": (run_digits_control, digits_control_recipe()),
         "control_emoji": (train_emoji_control, emoji_control_recipe()),
         "control_emoji_table": (run_emoji_control, emoji_table_recipe()),
