@@ -18,6 +18,7 @@ FACE = {
     "variances": "fixed_small fixed_large learned_variance analytic_variance expected_eps2",
     "guidance": "CFG ClassifierGuidance AutoGuidance DynamicThreshold SelfConditioned interval",
     "codecs": "Codec fit_codec",
+    "corruption": "Corruption Gaussian Blur Pool Mask Snow Restorer ancestral restoration_loss",
     "data": "Pictures digits mnist fashion_mnist cifar10 data_set",
     "losses.simple": "denoising_loss snr snr_plus_one truncated_snr min_snr",
     "losses.bound": "bound_loss hybrid_loss vlb_weight",

@@ -10,6 +10,13 @@ def artifact_makers() -> dict:
         run_digits_cascade,
         train_emoji_upsampler,
     )
+    from diffusion_nb.experiments.cold import (
+        ColdComparison,
+        ColdRecipe,
+        run_cold,
+        train_cold_emoji,
+        train_cold_mnist,
+    )
     from diffusion_nb.experiments.consistency import DigitsConsistency, run_consistency
     from diffusion_nb.experiments.control import (
         digits_control_recipe,
@@ -114,4 +121,7 @@ def artifact_makers() -> dict:
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
         "mnist_dit": (train_mnist_dit, dit_recipe("mnist-small")),
         "dit": (run_comparison, of("24_dit", DiTComparison)),
+        "cold": (run_cold, of("25_cold", ColdComparison)),
+        "cold_mnist": (train_cold_mnist, of("25_cold.mnist", ColdRecipe)),
+        "cold_emoji": (train_cold_emoji, of("25_cold.emoji", ColdRecipe)),
     }
