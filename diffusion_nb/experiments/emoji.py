@@ -14,7 +14,7 @@ from diffusion_nb.denoisers import Clip, NetDenoiser
 from diffusion_nb.emoji import Emoji, emoji, vocabulary
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.judge import JudgeRecipe
-from diffusion_nb.experiments.pictures import Residual, halved, shifted, trained_on
+from diffusion_nb.experiments.pictures import Residual, from_bytes, halved, in_bytes, shifted, trained_on
 from diffusion_nb.grids import edm_grid
 from diffusion_nb.guidance import CFG
 from diffusion_nb.noise import Noise
@@ -32,7 +32,7 @@ SOME_CAPTIONS = (
 
 
 def train_emoji(r: CaptionRecipe) -> tuple[dict, dict]:
-    "The weights of the model of emoji, in float16, with its vocabulary, and what the judge says, in the course of the training and at its end."
+    "The weights of the model of emoji, in 8 bits, with its vocabulary, and what the judge says, in the course of the training and at its end."
     data, judge, course = emoji(), emoji_judge(), {}
 
     def look(trainer):
@@ -41,8 +41,10 @@ def train_emoji(r: CaptionRecipe) -> tuple[dict, dict]:
 
     denoiser = emoji_trainer(r, data, device=default_device(), hooks=[look]).fit().cpu()
     words = torch.tensor(list("\n".join(denoiser.net.label.words).encode()), dtype=torch.uint8)
+    weights = in_bytes(denoiser.net)
+    denoiser.net.load_state_dict(from_bytes(weights))
     ends = {f"w = {w:g}": judged_model(denoiser, judge, data, w) for w in (0.0, 1.0, 2.0, 4.0)}
-    return halved(denoiser.net) | {"words": words}, course | ends | trained_on()
+    return weights | {"words": words}, course | ends | trained_on()
 
 
 def emoji_trainer(r: CaptionRecipe, data: Emoji, **options) -> Trainer:
@@ -63,7 +65,7 @@ def emoji_model() -> tuple[NetDenoiser, CaptionRecipe]:
     weights = dict(artifact("emoji", train_emoji, r)[0])
     r = replace(r, words=tuple(bytes(weights.pop("words").tolist()).decode().split("\n")))
     denoiser = caption_denoiser(r, (3, 32, 32))
-    denoiser.net.load_state_dict(weights)
+    denoiser.net.load_state_dict(from_bytes(weights))
     return denoiser.eval().requires_grad_(False), r
 
 

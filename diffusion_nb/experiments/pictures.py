@@ -21,7 +21,7 @@ from diffusion_nb.recipes.diffusion import Recipe, recipe, recipe_denoiser, reci
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.samplers.linear import dpmpp_2m
 from diffusion_nb.training.batches import flip_half
-from diffusion_nb.util.checks import default_device
+from diffusion_nb.util.checks import default_device, expand_as
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION_CLASSES = (
@@ -134,6 +134,30 @@ def halved(module: nn.Module) -> dict[str, Tensor]:
     "The weights in float16, on the CPU."
     return {
         k: v.detach().cpu().half() if v.is_floating_point() else v.cpu() for k, v in module.state_dict().items()
+    }
+
+
+def in_bytes(module: nn.Module) -> dict[str, Tensor]:
+    "The weights as 8-bit numbers, with a scale for each row of a matrix and each filter; vectors in float16. `from_bytes` undoes it, to half a step."
+    kept = {}
+    for name, v in module.state_dict().items():
+        v = v.detach().cpu()
+        if not v.is_floating_point() or v.ndim < 2:
+            kept[name] = v.half() if v.is_floating_point() else v
+            continue
+        scale = v.flatten(1).abs().amax(1).clamp_min(1e-12) / 127
+        kept[name] = (v / expand_as(scale, v)).round().to(torch.int8)
+        kept[f"{name}.scale"] = scale.float()
+    return kept
+
+
+def from_bytes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The weights that `in_bytes` kept, in float32."
+    scaled = lambda v, scale: v * expand_as(scale, v)
+    return {
+        name: scaled(v.float(), tensors[f"{name}.scale"]) if f"{name}.scale" in tensors else v
+        for name, v in tensors.items()
+        if not name.endswith(".scale")
     }
 
 

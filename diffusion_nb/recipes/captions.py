@@ -24,7 +24,7 @@ class CaptionRecipe(Recipe):
     patch: int = 2
     hidden: int = 256
     words: tuple[str, ...] = ()
-    steps: int = 12_000
+    steps: int = 20_000
     lr: float = 0.002
     warmup: int = 200
     ema: float = 0.999
