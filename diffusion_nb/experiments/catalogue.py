@@ -10,6 +10,18 @@ def artifact_makers() -> dict:
         run_digits_cascade,
         train_emoji_upsampler,
     )
+    from diffusion_nb.experiments.clip import (
+        ClipRecipe,
+        decoder_recipe,
+        guidance_recipe,
+        prior_recipe,
+        run_clip_guidance,
+        run_unclip,
+        train_clip,
+        train_decoder,
+        train_prior,
+        unclip_recipe,
+    )
     from diffusion_nb.experiments.cold import (
         ColdComparison,
         ColdRecipe,
@@ -124,4 +136,9 @@ def artifact_makers() -> dict:
         "cold": (run_cold, of("25_cold", ColdComparison)),
         "cold_mnist": (train_cold_mnist, of("25_cold.mnist", ColdRecipe)),
         "cold_emoji": (train_cold_emoji, of("25_cold.emoji", ColdRecipe)),
+        "emoji_clip": (train_clip, of("22_unclip.clip", ClipRecipe)),
+        "emoji_prior": (train_prior, prior_recipe()),
+        "emoji_decoder": (train_decoder, decoder_recipe()),
+        "clip_guidance": (run_clip_guidance, guidance_recipe()),
+        "unclip": (run_unclip, unclip_recipe()),
     }
