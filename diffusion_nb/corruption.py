@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = ['Corruption', 'afresh', 'kept', 'ancestral', 'Gaussian', 'posterior', 'Degradation', 'dct_matrix', 'Blur', 'block_means', 'Pool', 'Mask', 'Snow', 'Restorer', 'restoration_loss']
+__all__ = ['Corruption', 'afresh', 'kept', 'ancestral', 'Gaussian', 'posterior', 'as_uniform', 'in_order', 'how_many', 'MaskTokens', 'ReplaceTokens', 'ChangeTokens', 'MaskEach']
 
 # %% ../nbs/25_cold.ipynb #d2500010
 import math
@@ -211,3 +212,113 @@ class Restorer(nn.Module):
 def restoration_loss(restorer: Restorer, x0: Float[Tensor, "b *d"], t: Float[Tensor, " b"], eps: Float[Tensor, "b *d"], **cond) -> Float[Tensor, " b"]:  # fmt: skip
     "The mean absolute error of the restored pixels, one number per sample: -log likelihood of a Laplace distribution around x̂_0, but for its scale. (UDM-cold)"
     return (restorer(restorer.corruption.q_sample(x0, t, eps), t, **cond) - x0).abs().flatten(1).mean(1)
+# %% ../nbs/26_discrete.ipynb #d2600006
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# %% ../nbs/26_discrete.ipynb #d2600007
+def as_uniform(noise: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    "Standard normal noise as uniform numbers on (0, 1), in float64."
+    return torch.special.ndtr(noise.double())
+
+
+def in_order(u: Float[Tensor, "*b L"]) -> Int[Tensor, "*b L"]:
+    "The rank of each number in its row, from 0. Of independent uniform numbers, all orders are equally probable."
+    return u.argsort(-1).argsort(-1)
+
+
+def how_many(t: Tensor, x: Tensor) -> Tensor:
+    "t L as a whole number, for tokens x (…, L); shaped to compare with a row of ranks."
+    return torch.as_tensor(t, device=x.device).mul(x.shape[-1]).round()[..., None]
+
+# %% ../nbs/26_discrete.ipynb #d2600009
+class MaskTokens(Corruption):
+    """t L of the L tokens, evenly chosen, are masked. Tokens are 0 … tokens - 1, and `tokens` is the mask. (UDM-mask)
+
+    Times are multiples of 1/L.
+    """
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def q_sample(self, x0: Int[Tensor, "b L"], t: Float[Tensor, "*b"], noise: Float[Tensor, "b L"]) -> Int[Tensor, "b L"]:  # fmt: skip
+        return torch.where(in_order(as_uniform(noise)) < how_many(t, x0), self.tokens, x0)
+
+    def re_corrupt(self, x_t, x0_hat, s, t, noise=None):
+        "s L of the masks of x_t stay, evenly chosen; in place of the others are the tokens of x̂_0. What x_t shows stays."
+        hidden = x_t == self.tokens
+        stays = in_order(torch.where(hidden, as_uniform(noise), 2.0)) < how_many(s, x_t)
+        return torch.where(hidden & ~stays, x0_hat, x_t)
+
+    def weight(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        "What the cross-entropy of all masked tokens counts in the bound."
+        return 1 / t
+
+# %% ../nbs/26_discrete.ipynb #d2600011
+class ReplaceTokens(Corruption):
+    "t L of the L tokens, evenly chosen, are replaced by random ones, which may be what they were. (UDM-edit, the plain model)"
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def q_sample(self, x0: Int[Tensor, "b L"], t: Float[Tensor, "*b"], noise: Float[Tensor, "b L"]) -> Int[Tensor, "b L"]:  # fmt: skip
+        u = as_uniform(noise) * self.tokens
+        token = u.floor().long().clamp(max=self.tokens - 1)
+        return torch.where(in_order(u - token) < how_many(t, x0), token, x0)
+
+    def re_corrupt(self, x_t, x0_hat, s, t, noise=None):
+        "Of the t L places that were drawn, as far as x_t and x̂_0 tell, s L keep the token of x_t; in the others is that of x̂_0."
+        differ = x_t != x0_hat
+        unseen = how_many(t, x_t) - differ.sum(-1, keepdim=True)  # so many were replaced by what they were
+        drawn = differ | ((~differ).cumsum(-1) <= unseen)
+        stays = in_order(torch.where(drawn, as_uniform(noise), 2.0)) < how_many(s, x_t)
+        return torch.where(drawn & stays, x_t, x0_hat)
+
+
+class ChangeTokens(ReplaceTokens):
+    "t L of the L tokens, evenly chosen, are replaced by random other ones: x_0 and x_t differ in t L places. (UDM-edit, the different-token model)"
+
+    def q_sample(self, x0, t, noise):
+        u = as_uniform(noise) * (self.tokens - 1)
+        further = u.floor().long().clamp(max=self.tokens - 2)
+        return torch.where(in_order(u - further) < how_many(t, x0), (x0 + 1 + further) % self.tokens, x0)
+
+    def re_corrupt(self, x_t, x0_hat, s, t, noise=None):
+        "(t - s) L of the places where x_t and x̂_0 differ, evenly chosen, get the token of x̂_0; all where fewer differ."
+        differ = x_t != x0_hat
+        goes = in_order(torch.where(differ, as_uniform(noise), 2.0)) < how_many(t, x_t) - how_many(s, x_t)
+        return torch.where(differ & goes, x0_hat, x_t)
+
+# %% ../nbs/26_discrete.ipynb #d2600028
+class MaskEach(Corruption):
+    """Each token is masked by itself, with probability m(t), from m(0) = 0 to m(1) = 1. (D3PM's absorbing kernel, MDLM)
+
+    share: t ↦ m(t), rising; from tensors to tensors, differentiable. T: the steps of a chain; without it the bound is that of continuous time.
+    """
+
+    def __init__(self, tokens: int, share: Callable[[Tensor], Tensor] = lambda t: t, T: int | None = None):
+        self.tokens, self.share, self.T = tokens, share, T
+
+    def masked(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.share(torch.as_tensor(t, device=x.device, dtype=torch.float64))[..., None]
+
+    def q_sample(self, x0: Int[Tensor, "b L"], t: Float[Tensor, "*b"], noise: Float[Tensor, "b L"]) -> Int[Tensor, "b L"]:  # fmt: skip
+        return torch.where(as_uniform(noise) < self.masked(t, x0), self.tokens, x0)
+
+    def re_corrupt(self, x_t, x0_hat, s, t, noise=None):
+        "Each mask of x_t stays with probability m(s)/m(t); else the token of x̂_0 takes its place. What x_t shows stays."
+        goes = as_uniform(noise) * self.masked(t, x_t) >= self.masked(s, x_t)
+        return torch.where((x_t == self.tokens) & goes, x0_hat, x_t)
+
+    def weight(self, t: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+        "What the cross-entropy of all masked tokens counts in the bound: m'(t)/m(t); in a chain of T steps T (1 - m(t - 1/T)/m(t))."
+        if self.T:
+            return self.T * (1 - self.share(t - 1 / self.T) / self.share(t))
+        with torch.enable_grad():
+            at = t.detach().double().requires_grad_()
+            m = self.share(at)
+            (slope,) = torch.autograd.grad(m.sum(), at)
+        return (slope / m.detach()).to(t.dtype)

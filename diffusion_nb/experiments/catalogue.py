@@ -86,6 +86,7 @@ def artifact_makers() -> dict:
         run_vdm,
         vdm_digits_recipe,
     )
+    from diffusion_nb.experiments.words import WordRecipe, train_words
     from diffusion_nb.recipes.captions import CaptionRecipe
     from diffusion_nb.recipes.diffusion import recipe
     from diffusion_nb.recipes.dit import dit_recipe
@@ -132,6 +133,8 @@ def artifact_makers() -> dict:
         "control_emoji_table": (run_emoji_control, emoji_table_recipe()),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
         "mnist_dit": (train_mnist_dit, dit_recipe("mnist-small")),
+        "words": (train_words, of("26_discrete.mask", WordRecipe)),
+        "words_edit": (train_words, of("26_discrete.edit", WordRecipe)),
         "dit": (run_comparison, of("24_dit", DiTComparison)),
         "cold": (run_cold, of("25_cold", ColdComparison)),
         "cold_mnist": (train_cold_mnist, of("25_cold.mnist", ColdRecipe)),
