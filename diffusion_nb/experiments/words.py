@@ -213,7 +213,7 @@ class NGram:
         return torch.tensor(found)
 
 
-def best_ngram(words: WordList, orders: Sequence[int] = (1, 2, 3, 4, 5), strengths: Sequence[float] = (1, 2, 4, 8, 16)) -> dict[int, tuple[NGram, float]]:  # fmt: skip
+def best_ngram(words: WordList, orders: Sequence[int] = (1, 2, 3, 4, 5), strengths: Sequence[float] = (2, 4, 8, 16, 32)) -> dict[int, tuple[NGram, float]]:  # fmt: skip
     "{order: (the n-gram, its bits per held-out word)}, each with the strength that is best for these held-out words."
     x, held = as_tokens(words.train), as_tokens(words.held_out)
     found = {}
