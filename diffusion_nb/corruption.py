@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = ['Corruption', 'afresh', 'kept', 'ancestral', 'Gaussian', 'posterior', 'Degradation', 'dct_matrix', 'Blur', 'block_means', 'Pool', 'Mask', 'Snow', 'Restorer', 'restoration_loss']
 __all__ = ['Corruption', 'afresh', 'kept', 'ancestral', 'Gaussian', 'posterior', 'as_uniform', 'in_order', 'how_many', 'MaskTokens', 'ReplaceTokens', 'ChangeTokens', 'MaskEach']
+__all__ = ['Corruption', 'afresh', 'kept', 'ancestral', 'Gaussian', 'posterior', 'Degradation', 'dct_matrix', 'Blur', 'block_means', 'Pool', 'Mask', 'Snow', 'Restorer', 'restoration_loss', 'as_uniform', 'in_order', 'how_many', 'MaskTokens', 'ReplaceTokens', 'ChangeTokens', 'MaskEach', 'partly_fresh', 'share_of']
 
 # %% ../nbs/25_cold.ipynb #d2500010
 import math
@@ -322,3 +323,36 @@ class MaskEach(Corruption):
             m = self.share(at)
             (slope,) = torch.autograd.grad(m.sum(), at)
         return (slope / m.detach()).to(t.dtype)
+
+# %% ../nbs/27_unified.ipynb #d2700010
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .forward import posterior_steps
+from .schedules import Schedule
+
+# %% ../nbs/27_unified.ipynb #d2700011
+def partly_fresh(share: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+    """The rule between `kept` and `afresh`: of the noise of x_s, √(1 - share²) parts are those of x_t and `share` parts are new. (UDM-5)
+
+    share: (s, t) ↦ a number from 0, which is `kept`, to 1, which is `afresh`. For corruptions that add normal noise, of whatever scale, to what is left of x_0.
+    """
+
+    def rule(corruption, x_t, x0_hat, s, t, noise):
+        bare, k = corruption.q_sample(x0_hat, s, torch.zeros_like(noise)), share(s, t)
+        old, new = kept(corruption, x_t, x0_hat, s, t, noise), afresh(corruption, x_t, x0_hat, s, t, noise)
+        return bare + (1 - k**2) ** 0.5 * (old - bare) + k * (new - bare)
+
+    return rule
+
+
+def share_of(schedule: Schedule, eta: float) -> Callable[[Tensor, Tensor], Tensor]:
+    "(s, t) ↦ eta √β̃ / sigma_s, the share of fresh noise with which `partly_fresh` is DDIM with this eta; 0 in a step to time 0. One time for all samples."
+
+    def share(s, t):
+        step = posterior_steps(schedule, s, t)
+        return eta * step.small.sqrt() / schedule(s)[1] if s > 0 else torch.zeros(())
+
+    return share

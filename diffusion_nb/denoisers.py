@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = ['Prediction', 'predict_x0', 'predict_eps', 'predict_v', 'predict_score', 'predict_edm', 'edm_input', 'edm_time', 'Denoiser', 'check_cond', 'scaled_time', 'step_index', 'told_time', 'halves', 'NetDenoiser', 'Clip', 'MeanDenoiser', 'unit_input', 'VEView', 'X0EpsDenoiser', 'TimeWarped', 'predict_noise_change', 'boundary_scalings', 'Consistency', 'check_scale', 'DenoiserConsistency', 'Edited']
+__all__ = ['Prediction', 'predict_x0', 'predict_eps', 'predict_v', 'predict_score', 'predict_edm', 'edm_input', 'edm_time', 'Denoiser', 'check_cond', 'scaled_time', 'step_index', 'told_time', 'halves', 'NetDenoiser', 'Clip', 'MeanDenoiser', 'unit_input', 'VEView', 'X0EpsDenoiser', 'TimeWarped', 'predict_noise_change', 'boundary_scalings', 'Consistency', 'check_scale', 'DenoiserConsistency', 'velocity', 'predict_velocity']
 
 # %% ../nbs/04_denoiser.ipynb #34dcf3f6
 from collections.abc import Callable
@@ -356,3 +357,12 @@ class Edited(Denoiser):
     def forward(self, x_t, t, **cond):
         pred = self.denoiser(x_t, t, **cond)
         return pred._replace(x0=self.edit(pred.x0))
+# %% ../nbs/27_unified.ipynb #d2700021
+def velocity(pred: Prediction) -> Tensor:
+    "û = ε̂ - x̂_0, the guess read as the velocity dx/dt of the straight path. (Flow matching)"
+    return pred.eps - pred.x0
+
+
+def predict_velocity(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    "(c_skip, c_out) for a network that predicts eps - x0, the velocity of the straight path; for any schedule. (Flow matching)"
+    return 1 / (alpha + sigma), -sigma / (alpha + sigma)

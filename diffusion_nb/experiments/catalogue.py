@@ -54,6 +54,7 @@ def artifact_makers() -> dict:
         judge_solvers,
     )
     from diffusion_nb.experiments.emoji import EmojiJudgeRecipe, train_emoji, train_emoji_judge
+    from diffusion_nb.experiments.encoder import EncoderRecipe, train_encoder
     from diffusion_nb.experiments.guidance import (
         GuidanceRecipe,
         NoisyClassifierRecipe,
@@ -135,6 +136,7 @@ def artifact_makers() -> dict:
         "mnist_dit": (train_mnist_dit, dit_recipe("mnist-small")),
         "words": (train_words, of("26_discrete.mask", WordRecipe)),
         "words_edit": (train_words, of("26_discrete.edit", WordRecipe)),
+        "words_encoded": (train_encoder, of("27_unified", EncoderRecipe)),
         "dit": (run_comparison, of("24_dit", DiTComparison)),
         "cold": (run_cold, of("25_cold", ColdComparison)),
         "cold_mnist": (train_cold_mnist, of("25_cold.mnist", ColdRecipe)),
