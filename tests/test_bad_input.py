@@ -43,6 +43,7 @@ from diffusion_nb.schedules import (
     EDMSchedule,
     LinearGamma,
     Schedule,
+    StraightSchedule,
     VESchedule,
     VPSchedule,
     linear_betas,
@@ -85,7 +86,9 @@ def test_an_accelerator_without_float64_is_refused_in_one_sentence(error, monkey
 
 
 @pytest.mark.parametrize(
-    "f", [CHAIN, VPSchedule(), CosineSchedule(), VESchedule(), EDMSchedule()], ids=lambda f: type(f).__name__
+    "f",
+    [CHAIN, VPSchedule(), CosineSchedule(), VESchedule(), EDMSchedule(), StraightSchedule()],
+    ids=lambda f: type(f).__name__,
 )
 @pytest.mark.parametrize(
     "t", [-1e-6, 1.000001, 500, nan, inf, -inf, [0.5, 1.5], [-0.5, 0.5], [0.5, nan], [nan, 0.5]]

@@ -54,6 +54,7 @@ def artifact_makers() -> dict:
         judge_solvers,
     )
     from diffusion_nb.experiments.emoji import EmojiJudgeRecipe, train_emoji, train_emoji_judge
+    from diffusion_nb.experiments.encoder import EncoderRecipe, train_encoder
     from diffusion_nb.experiments.guidance import (
         GuidanceRecipe,
         NoisyClassifierRecipe,
@@ -86,6 +87,7 @@ def artifact_makers() -> dict:
         run_vdm,
         vdm_digits_recipe,
     )
+    from diffusion_nb.experiments.words import WordRecipe, train_words
     from diffusion_nb.recipes.captions import CaptionRecipe
     from diffusion_nb.recipes.diffusion import recipe
     from diffusion_nb.recipes.dit import dit_recipe
@@ -132,6 +134,9 @@ def artifact_makers() -> dict:
         "control_emoji_table": (run_emoji_control, emoji_table_recipe()),
         "consistency": (run_consistency, of("consistency", DigitsConsistency)),
         "mnist_dit": (train_mnist_dit, dit_recipe("mnist-small")),
+        "words": (train_words, of("26_discrete.mask", WordRecipe)),
+        "words_edit": (train_words, of("26_discrete.edit", WordRecipe)),
+        "words_encoded": (train_encoder, of("27_unified", EncoderRecipe)),
         "dit": (run_comparison, of("24_dit", DiTComparison)),
         "cold": (run_cold, of("25_cold", ColdComparison)),
         "cold_mnist": (train_cold_mnist, of("25_cold.mnist", ColdRecipe)),
