@@ -600,6 +600,6 @@ def test_the_film_ends_with_the_pictures(sampler, tmp_path):
 
 def test_a_consistency_model_has_no_film(tmp_path, capsys):
     about = About("consistency", recipe("digits"), (1, 8, 8), 17)
-    model = SimpleNamespace(about=about, denoiser=SimpleNamespace(schedule=CosineSchedule()))
+    model = SimpleNamespace(about=about, denoiser=SimpleNamespace(schedule=CosineSchedule()), codec=None)
     with pytest.raises(ValueError, match="--film: a consistency model maps noise to pictures at once"):
         cli_sample.walk_of(cli_sample.Sample(film=True, sampler="consistency"), model)

@@ -506,7 +506,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
     assert asked == [
         "t",
         ("me/digits", True, True),
-        {"revision": "main", "token": None, "allow_patterns": ["model.safetensors", "model.json"]},
+        {"revision": "main", "token": None, "allow_patterns": ["model.safetensors", "model.json", "codec/*"]},
     ]
     assert Model.from_pretrained(hub / "me/digits").about == about and len(asked) == 3
 
