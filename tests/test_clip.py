@@ -28,12 +28,16 @@ VOCABULARY = ("cat", "dog", "left", "of", "red")
 
 
 def small_clip(seed=0) -> CLIP:
+    "A CLIP with weights that are moved off their zeros, so that all of its inputs matter."
     torch.manual_seed(seed)
-    return CLIP(
+    clip = CLIP(
         PictureEncoder(6, size=16, widths=(8, 8), patch=4),
         TextEncoder(6, VOCABULARY, 4, width=8),
         CosineSchedule(),
     ).eval()
+    for p in clip.picture.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return clip
 
 
 def pictures(n=3):
