@@ -14,6 +14,7 @@ from diffusion_nb.emoji import Emoji, emoji
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.emoji import EmojiJudge, emoji_judge, training_pictures
 from diffusion_nb.experiments.evaluation import evaluate
+from diffusion_nb.experiments.latent import psnr
 from diffusion_nb.experiments.pictures import halved, trained_on
 from diffusion_nb.forward import q_sample
 from diffusion_nb.grids import even_logsnr_grid, stopped_grid, time_grid
@@ -136,15 +137,18 @@ def detail(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
 
 
 @torch.no_grad()
+def seen_in_quarters(judge: EmojiJudge, x: Float[Tensor, "n 3 64 64"]) -> Float[Tensor, "4*n f"]:
+    "The judge's features of the quarters of pictures."
+    return torch.cat([judge.features(part) for part in quarters(x).split(200)])
+
+
 def compared(judge: EmojiJudge, x: Float[Tensor, "n 3 64 64"], true: Float[Tensor, "n 3 64 64"], real: Float[Tensor, "m f"]) -> dict[str, float]:  # fmt: skip
     """Of enlarged pictures: the peak signal-to-noise ratio in decibels; the power of the detail, relative to that of the true pictures; and
     the Fréchet distance of the judge's features of their quarters to those of real ones, `real`."""
-    error = ((x - true) / 2).square().mean().clamp(min=1e-12)
-    seen = torch.cat([judge.features(part) for part in quarters(x).split(200)])
     return {
-        "PSNR": round(-10 * error.log10().item(), 2),
+        "PSNR": round(psnr(true, x), 2),
         "detail": round((detail(x).square().sum() / detail(true).square().sum()).item(), 3),
-        "Fréchet distance": round(frechet_distance(seen, real), 2),
+        "Fréchet distance": round(frechet_distance(seen_in_quarters(judge, x), real), 2),
     }
 
 
@@ -154,14 +158,16 @@ def judged_upsampler(stage: NetDenoiser, small: Emoji, large: Emoji, n: int = 10
     held, trained = (mask.nonzero()[:, 0] for mask in (large.held_pictures, large.train))
     held, trained = held[:: len(held) // n][:n], trained[:: len(trained) // 1000]
     low, true, judge = small.x[held], large.x[held], emoji_judge()
-    real = torch.cat([judge.features(part) for part in quarters(large.x[trained]).split(200)])
+    real = seen_in_quarters(judge, large.x[trained])
     made = {
         "bilinear": enlarged(low),
         "bicubic": interpolate(low, scale_factor=2.0, mode="bicubic").clamp(-1, 1),
         "one guess": super_resolve(low)(guessed_at_once(stage, low)).clamp(-1, 1),
         "drawn, s = 0, means not kept": enlarge_emoji(stage, low, 0.0, first=2**20, keep=False),
     } | {f"drawn, s = {s:g}": enlarge_emoji(stage, low, s, first=2**20) for s in (0.0, 0.1, 0.25)}
-    floor = {"the true pictures": {"Fréchet distance": compared(judge, true, true, real)["Fréchet distance"]}}
+    floor = {
+        "the true pictures": {"Fréchet distance": round(frechet_distance(seen_in_quarters(judge, true), real), 2)}
+    }
     return {name: compared(judge, x, true, real) for name, x in made.items()} | floor
 
 

@@ -23,8 +23,9 @@ from diffusion_nb.experiments.emoji import (
     emoji_judge,
     emoji_model,
     judge_captions,
+    training_pairs,
 )
-from diffusion_nb.experiments.pictures import halved, shifted, trained_on
+from diffusion_nb.experiments.pictures import by_2m, halved, shifted, trained_on
 from diffusion_nb.grids import edm_grid, time_grid
 from diffusion_nb.guidance import CFG, ClassifierGuidance
 from diffusion_nb.losses.clip import clip_loss
@@ -38,11 +39,10 @@ from diffusion_nb.nets.clip import (
     TextEncoder,
     at_guess,
 )
-from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.captions import CaptionRecipe
 from diffusion_nb.recipes.diffusion import Training
 from diffusion_nb.recipes.settings import settings
-from diffusion_nb.samplers.linear import ddim, dpmpp_2m, invert, slerp
+from diffusion_nb.samplers.linear import ddim, invert, slerp
 from diffusion_nb.schedules import CosineSchedule
 from diffusion_nb.time_samplers import continuous_times
 from diffusion_nb.training.trainer import Trainer
@@ -116,13 +116,6 @@ def clip_model(r: ClipRecipe, data: Emoji) -> CLIP:
         torch.manual_seed(r.seed)
         text = TextEncoder(r.dim, known, LENGTH, words, r.words)
         return CLIP(PictureEncoder(r.dim, widths=r.widths, patch=r.patch), text, CosineSchedule())
-
-
-def training_pairs(data: Emoji) -> tuple[Float[Tensor, "n 3 32 32"], list[int]]:
-    "The pictures of the training split, once as they are and once mirrored where that has the same caption, and which emoji each is."
-    kept = data.train.nonzero()[:, 0]
-    x, mirrors = data.x[kept], data.mirrors[kept, None, None, None]
-    return torch.cat([x, torch.where(mirrors, x.flip(3), x)]), 2 * kept.tolist()
 
 
 def variants(clip: CLIP, data: Emoji, which: Sequence[int]) -> Int[Tensor, "n 4 m"]:
@@ -296,15 +289,12 @@ def train_prior(r: PriorRecipe, **options) -> tuple[dict, dict]:
     return weights, {k: round(v, 4) for k, v in found.items()} | trained_on()
 
 
-@torch.no_grad()
 def draw_vectors(
     prior: NetDenoiser, e: Float[Tensor, "n d"], w: float = 0.0, steps: int = 20, first: int = 0
 ) -> Float[Tensor, "n d"]:
     "A picture's vector of length 1 for each text, by DPM-Solver++ 2M with guidance weight w; the i-th has seed `first` + i."
     guided = CFG(prior, w, prior.net.null) if w else prior
-    ts = edm_grid(prior.schedule, steps, 0.02, 80.0)
-    noise = Noise(range(first, first + len(e)), e.shape[1:])(0)
-    return F.normalize(dpmpp_2m(guided, prior.schedule(ts[0])[1].float() * noise, ts, y=stretched(e)), dim=1)
+    return F.normalize(by_2m(guided, len(e), e.shape[1:], steps, first, y=stretched(e)), dim=1)
 
 
 @torch.no_grad()
@@ -400,18 +390,12 @@ def decoder_recipe() -> DecoderRecipe:
     return replace(r, base=settings("recipe.emoji", CaptionRecipe), clip=settings("22_unclip.clip", ClipRecipe))
 
 
-@torch.no_grad()
 def decode(
     decoder: NetDenoiser, c: Float[Tensor, "n d"], w: float = 1.0, steps: int = 20, first: int = 0
 ) -> Float[Tensor, "n 3 32 32"]:
     "A picture for each vector, by DPM-Solver++ 2M with guidance weight w; the i-th has seed `first` + i."
     guided = Clip(CFG(decoder, w, decoder.net.label.null) if w else decoder)
-    ts, drawn = edm_grid(decoder.schedule, steps, 0.02, 80.0), []
-    start = decoder.schedule(ts[0])[1].float()
-    for part in torch.arange(len(c)).split(100):
-        noise = Noise(first + part, (3, 32, 32))
-        drawn.append(dpmpp_2m(guided, start * noise(0), ts, y=stretched(c[part])))
-    return torch.cat(drawn)
+    return by_2m(guided, len(c), (3, 32, 32), steps, first, batch=100, y=stretched(c))
 
 
 # guidance by the CLIP
@@ -443,9 +427,7 @@ def clip_guided(denoiser: NetDenoiser, clip: CLIP, captions: Sequence[str], s: f
     y = reader.told(captions) if told else reader.null.expand(len(e), -1)
     score = Agreement(clip, e)
     guide = at_guess(lambda x, t: denoiser(x, t, y=y), score) if clean else score
-    ts = edm_grid(denoiser.schedule, steps, 0.02, 80.0)
-    start = denoiser.schedule(ts[0])[1].float() * Noise(range(first, first + len(e)), (3, 32, 32))(0)
-    return dpmpp_2m(Clip(ClassifierGuidance(denoiser, guide, s)), start, ts, y=y)
+    return by_2m(Clip(ClassifierGuidance(denoiser, guide, s)), len(e), (3, 32, 32), steps, first, y=y)
 
 
 def kinds(r: ClipGuidanceTable, denoiser: NetDenoiser, clip: CLIP) -> dict[str, Callable]:

@@ -24,6 +24,7 @@ from diffusion_nb.emoji import emoji
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.evaluation import evaluate
 from diffusion_nb.experiments.judge import accuracy_of, mnist_judge
+from diffusion_nb.experiments.latent import psnr
 from diffusion_nb.experiments.pictures import halved, trained_on
 from diffusion_nb.metrics.features import frechet_distance
 from diffusion_nb.noise import Noise
@@ -240,11 +241,6 @@ def restoration_scores(
     made = {"corrupted": x_t, "one guess": restored(restorer, x_t, ts[:1], y=y)}
     made |= {rule.__name__: restored(restorer, x_t, ts, rule, noise, y=y) for rule in (afresh, kept)}
     return {name: round(psnr(x, m.clamp(-1, 1)), 2) for name, m in made.items()}
-
-
-def psnr(x: Tensor, made: Tensor) -> float:
-    "Peak signal to noise in decibels, of pictures in [-1, 1]: from the mean squared error of all of them."
-    return 10 * math.log10(4 / (x - made).square().mean().item())
 
 
 def emoji_models(r: ColdRecipe, tensors: dict[str, Tensor]) -> dict[str, Restorer]:

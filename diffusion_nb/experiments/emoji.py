@@ -14,13 +14,10 @@ from diffusion_nb.denoisers import Clip, NetDenoiser
 from diffusion_nb.emoji import Emoji, emoji, vocabulary
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.judge import JudgeRecipe
-from diffusion_nb.experiments.pictures import Residual, from_bytes, halved, in_bytes, shifted, trained_on
-from diffusion_nb.grids import edm_grid
+from diffusion_nb.experiments.pictures import Residual, by_2m, from_bytes, halved, in_bytes, shifted, trained_on
 from diffusion_nb.guidance import CFG
-from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.captions import CaptionRecipe, caption_denoiser, caption_trainer
 from diffusion_nb.recipes.settings import settings
-from diffusion_nb.samplers.linear import dpmpp_2m
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.checks import default_device
 
@@ -54,9 +51,15 @@ def emoji_trainer(r: CaptionRecipe, data: Emoji, **options) -> Trainer:
 
 def training_pictures(data: Emoji) -> tuple[Float[Tensor, "n 3 s s"], list[str]]:
     "The pictures of the training split, once as they are, and once mirrored where that has the same caption; and the captions."
+    x, which = training_pairs(data)
+    return x, [data.captions[i] for i in which]
+
+
+def training_pairs(data: Emoji) -> tuple[Float[Tensor, "n 3 s s"], list[int]]:
+    "The pictures of `training_pictures`, and which emoji each is."
     kept = data.train.nonzero()[:, 0]
     x, mirrors = data.x[kept], data.mirrors[kept, None, None, None]
-    return torch.cat([x, torch.where(mirrors, x.flip(3), x)]), 2 * [data.captions[i] for i in kept]
+    return torch.cat([x, torch.where(mirrors, x.flip(3), x)]), 2 * kept.tolist()
 
 
 def emoji_model() -> tuple[NetDenoiser, CaptionRecipe]:
@@ -197,15 +200,10 @@ def draw_captions(
 
     hint: what a control is given (notebook 23). Raises ValueError for unknown words.
     """
-    device = next(denoiser.parameters()).device
-    reader = denoiser.net.label
-    y, guided = reader.told(captions), Clip(CFG(denoiser, w, reader.null.to(device)) if w else denoiser)
-    ts, cond = edm_grid(denoiser.schedule, steps, 0.02, 80.0), {"y": y} if hint is None else {"y": y, "hint": hint}
-    start, drawn = denoiser.schedule(ts[0])[1].float(), []
-    for part in torch.arange(len(y)).split(batch):
-        noise, given = Noise(first + part, (3, 32, 32), device), {k: v[part].to(device) for k, v in cond.items()}
-        drawn.append(dpmpp_2m(guided, start * noise(0), ts, **given).cpu())
-    return torch.cat(drawn)
+    reader, cond = denoiser.net.label, {} if hint is None else {"hint": hint}
+    null = reader.null.to(next(denoiser.parameters()).device)
+    guided = Clip(CFG(denoiser, w, null) if w else denoiser)
+    return by_2m(guided, len(captions), (3, 32, 32), steps, first, batch, y=reader.told(captions), **cond).cpu()
 
 
 class Neighbours(NamedTuple):

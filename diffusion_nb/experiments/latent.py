@@ -16,12 +16,10 @@ from diffusion_nb.emoji import Emoji, emoji, vocabulary
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.emoji import emoji_judge, judge_captions, train_emoji, training_pictures
 from diffusion_nb.experiments.judge import accuracy_of, mnist_judge
-from diffusion_nb.experiments.pictures import halved, trained_on
+from diffusion_nb.experiments.pictures import by_2m, halved, trained_on
 from diffusion_nb.experiments.reference import ReferenceRecipe, against, features, make_references, reference
-from diffusion_nb.grids import edm_grid
 from diffusion_nb.guidance import CFG
 from diffusion_nb.metrics.features import frechet_distance
-from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.captions import CaptionRecipe
 from diffusion_nb.recipes.latent import (
     AutoencoderRecipe,
@@ -31,7 +29,6 @@ from diffusion_nb.recipes.latent import (
     latent_trainer,
 )
 from diffusion_nb.recipes.settings import settings
-from diffusion_nb.samplers.linear import dpmpp_2m
 from diffusion_nb.training.batches import flip_half
 from diffusion_nb.util.checks import default_device
 
@@ -140,7 +137,6 @@ def emoji_latent_shape() -> tuple[int, int, int]:
 # diffusion models of their latents
 
 
-@torch.no_grad()
 def draw_latents(
     denoiser: NetDenoiser,
     texts: Sequence[str],
@@ -151,10 +147,8 @@ def draw_latents(
 ) -> Float[Tensor, "n c h w"]:
     "Latents of this shape for each text, by DPM-Solver++ 2M with guidance weight w; the i-th has seed `first` + i."
     reader = denoiser.net.context
-    y, noise = reader.told(texts), Noise(range(first, first + len(texts)), shape)(0)
-    ts = edm_grid(denoiser.schedule, steps, 0.02, 80.0)
-    guided = CFG(denoiser, w, reader.null) if w else denoiser
-    return dpmpp_2m(Clip(guided, -6.0, 6.0), denoiser.schedule(ts[0])[1].float() * noise, ts, y=y)
+    guided = Clip(CFG(denoiser, w, reader.null) if w else denoiser, -6.0, 6.0)
+    return by_2m(guided, len(texts), shape, steps, first, batch=100, y=reader.told(texts))
 
 
 @torch.no_grad()
@@ -162,8 +156,7 @@ def draw_through(
     codec: Codec, denoiser: NetDenoiser, texts: Sequence[str], shape: Sequence[int], w: float = 1.0, steps: int = 20, first: int = 0
 ) -> Float[Tensor, "n c h w"]:  # fmt: skip
     "Pictures of texts: latents as `draw_latents` draws them, decoded."
-    parts = range(0, len(texts), 100)
-    z = torch.cat([draw_latents(denoiser, texts[i : i + 100], shape, w, steps, first + i) for i in parts])
+    z = draw_latents(denoiser, texts, shape, w, steps, first)
     return torch.cat([codec.decode(part).clamp(-1, 1) for part in z.split(100)])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusion_nb.data import Pictures, data_set
-from diffusion_nb.denoisers import Clip, NetDenoiser
+from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.judge import JudgeRecipe, accuracy_of, fashion_judge, mnist_judge
 from diffusion_nb.grids import edm_grid
@@ -175,12 +175,25 @@ def cifar10_judge() -> PictureClassifier:
 
 
 @torch.no_grad()
+def by_2m(
+    denoiser: Denoiser, n: int, shape: Sequence[int], steps: int, first: int = 0, batch: int | None = None, **cond: Tensor
+) -> Float[Tensor, "n *shape"]:  # fmt: skip
+    """Samples by DPM-Solver++ 2M on EDM's grid; the i-th has seed `first` + i.
+
+    shape: of one. batch: how many at a time, all if not given. cond: what the denoiser is told, a row for each.
+    """
+    ts, drawn, device = edm_grid(denoiser.schedule, steps, 0.02, 80.0), [], next(denoiser.parameters()).device
+    start = denoiser.schedule(ts[0])[1].float()
+    for part in torch.arange(n).split(batch or n):
+        noise, told = Noise(first + part, shape, device)(0), {k: v[part].to(device) for k, v in cond.items()}
+        drawn.append(dpmpp_2m(denoiser, start * noise, ts, **told))
+    return torch.cat(drawn)
+
+
 def draw_pictures(denoiser: NetDenoiser, y: Int[Tensor, " n"], w: float = 1.0, steps: int = 20, first: int = 0, shape: Sequence[int] = (3, 32, 32)) -> Float[Tensor, "n c h w"]:  # fmt: skip
     "Pictures of these classes, by DPM-Solver++ 2M with guidance weight w; shape: of one picture."
-    classes, (weight, *_) = denoiser.net.label.num_embeddings - 1, denoiser.net.parameters()
-    noise = Noise(range(first, first + len(y)), shape, weight.device)(0)
-    ts = edm_grid(denoiser.schedule, steps, 0.02, 80.0)
-    return dpmpp_2m(Clip(CFG(denoiser, w, classes)), denoiser.schedule(ts[0])[1].float() * noise, ts, y=y.to(weight.device))  # fmt: skip
+    guided = Clip(CFG(denoiser, w, denoiser.net.label.num_embeddings - 1))
+    return by_2m(guided, len(y), shape, steps, first, y=y)
 
 
 @torch.no_grad()
