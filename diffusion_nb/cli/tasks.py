@@ -94,19 +94,24 @@ def asked_emoji(size: int) -> Asked:
     return Asked(x, None, captions, None, (3, size, size), 256)
 
 
+def given(args, *names: str) -> dict:
+    "Those of these options that were given."
+    return {k: v for k in names if (v := getattr(args, k)) is not None}
+
+
 def changed(args, asked: Asked, section: str, kind: type):
     "The recipe of a section of settings.ini for these pictures, with what the command line changes."
     from diffusion_nb.recipes.settings import settings
 
     own = asked.classes is not None  # pictures of one's own
     r = settings(f"{section}.{args.recipe or ('pictures' if own else args.data)}", kind)
-    given = {k: v for k in ("steps", "batch", "lr", "width", "seed") if (v := getattr(args, k)) is not None}
-    if "width" in given and not hasattr(r, "width"):
+    options = given(args, "steps", "batch", "lr", "width", "seed")
+    if "width" in options and not hasattr(r, "width"):
         raise ValueError(
             "--width: this kind of model has several, those of `widths` in its section of settings.ini"
         )
     known = {"data": args.data, "classes": asked.classes} if own else {}
-    return replace(r, **{k: v for k, v in known.items() if hasattr(r, k)}, **given)
+    return replace(r, **{k: v for k, v in known.items() if hasattr(r, k)}, **options)
 
 
 def plain_task(args, asked: Asked, family: str) -> Task:
@@ -140,8 +145,8 @@ def control_task(args, asked: Asked, family: str) -> Task:
     if base.about.family != wanted or tuple(base.about.shape) != tuple(asked.shape):
         raise ValueError(f"--control: expected a {wanted} model of pictures of shape {tuple(asked.shape)}; "
                          f"got a {base.about.family} model of {tuple(base.about.shape)}")  # fmt: skip
-    given = {k: v for k in ("steps", "batch", "lr", "seed") if (v := getattr(args, k)) is not None}
-    r = ControlRecipe(**asdict(base.about.recipe) | asdict(settings("control", ControlTraining)) | given)
+    options = asdict(settings("control", ControlTraining)) | given(args, "steps", "batch", "lr", "seed")
+    r = ControlRecipe(**asdict(base.about.recipe) | options)
     reader = reader_of(base)
     y, null = (reader.told(asked.captions), reader.null) if asked.captions else (asked.y, None)
     trainer = partial(control_trainer, r, x, y, hint=hints_for(asked.shape[0])(x), null=null)
