@@ -13,7 +13,7 @@ from diffusion_nb.experiments.encoder import (
     EncoderRecipe,
     compared,
     draw_encoded,
-    fit_encoder,
+    encoder_trainer,
     loaded,
     mean_over_words,
     root_mean_square,
@@ -166,16 +166,23 @@ def test_a_seed_gives_the_same_word_in_any_batch(net):
 
 def test_training_is_a_function_of_its_seed():
     before = torch.random.get_rng_state()
-    one, two = (fit_encoder(TINY, WORDS) for _ in range(2))
+    one, two = (encoder_trainer(TINY, WORDS).fit() for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert torch.equal(before, torch.random.get_rng_state()) and not one.training
+    assert torch.equal(before, torch.random.get_rng_state())
     assert not torch.equal(one.points, TINY.fresh().points)
     assert torch.equal(one.schedule.ends, TINY.fresh().schedule.ends)
 
 
-def test_the_prior_term_is_in_the_loss_if_asked(net):
-    t, noise = torch.full((6,), 0.5), Noise(range(6), (5, 3))(0)
-    more = replace(TINY, prior=True).loss(net, WORDS, t, noise) - TINY.loss(net, WORDS, t, noise)
+def test_the_loss_is_that_of_points_with_noise_of_their_own_and_the_prior_term_if_asked(net):
+    t, eps = torch.full((6,), 0.5), torch.zeros(6, 5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        noise = torch.randn(6, 5, TINY.d)
+        torch.manual_seed(3)
+        plain = TINY.loss(net, WORDS, t, eps)
+        torch.manual_seed(3)
+        more = replace(TINY, prior=True).loss(net, WORDS, t, eps) - plain
+    assert torch.allclose(plain, token_loss(net, WORDS, t, noise))
     assert torch.allclose(more, prior_kl(net.schedule, net.encode(WORDS)), atol=1e-4)
 
 
@@ -183,7 +190,7 @@ def test_comparison_and_weights():
     sizes, ends = compared(TINY, WORDS, WORDS[:2])
     assert sizes.shape == (3, 1, 3) and ends.shape == (3, 1, 3) and ends.isfinite().all()
     assert torch.allclose(sizes[2], torch.ones(1, 3)) and torch.allclose(sizes[0, :, 0], sizes[1, :, 0])
-    net = fit_encoder(TINY, WORDS)
+    net = encoder_trainer(TINY, WORDS).fit().eval()
     again = loaded(TINY, {k: v for k, v in halved(net).items() if not k.startswith("schedule")})
     assert (again.points - net.points).abs().max() < 2e-3
     assert mean_over_words(token_loss, again, WORDS, 4).shape == (6,)

@@ -17,18 +17,19 @@ from diffusion_nb.losses.bound import prior_kl
 from diffusion_nb.losses.encoded import encoded_bound, token_loss
 from diffusion_nb.nets.text import EmbeddedText
 from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.diffusion import Training
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.samplers.discrete import draw
 from diffusion_nb.schedules import LinearGamma
-from diffusion_nb.training.lr import warmup_cosine
+from diffusion_nb.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class EncoderRecipe:
+class EncoderRecipe(Training):
     """A transformer of words whose letters are points of R^d, and its training.
 
     first, last: -log SNR at time 0 and 1. unit: whether the points are scaled to mean square 1. prior: whether the prior term is added to the loss.
-    short, seeds: steps of the runs that compare the three ways, and how many runs of each.
+    short, seeds: steps of the runs that compare the three ways, and how many runs of each, looked at every so many steps.
     """
 
     d: int = 8
@@ -41,10 +42,9 @@ class EncoderRecipe:
     unit: bool = True
     prior: bool = False
     steps: int = 3000
-    batch: int = 64
     lr: float = 0.005
     ema: float = 0.995
-    seed: int = 0
+    beta2: float = 0.98
     short: int = 300
     seeds: int = 3
     every: int = 20
@@ -56,39 +56,18 @@ class EncoderRecipe:
             torch.manual_seed(self.seed)
             return EmbeddedText(LETTERS, LENGTH, schedule, self.d, self.width, self.depth, self.heads, self.dropout, self.unit)  # fmt: skip
 
-    def loss(self, net: EmbeddedText, x0: Int[Tensor, "b L"], t: Tensor, noise: Tensor) -> Float[Tensor, " b"]:
-        found = token_loss(net, x0, t, noise)
+    def loss(self, net: EmbeddedText, x0: Int[Tensor, "b L"], t: Tensor, eps: Tensor) -> Float[Tensor, " b"]:
+        "Of the letters, at points with noise of their own: eps is shaped like the letters and not read."
+        found = token_loss(net, x0, t, torch.randn(*x0.shape, self.d))
         return found + prior_kl(net.schedule, net.encode(x0)) if self.prior else found
 
 
 ARMS = {"free points": (False, False), "free, with the prior term": (False, True), "scaled to mean square 1": (True, False)}  # fmt: skip
 
 
-def fit_encoder(r: EncoderRecipe, x: Int[Tensor, "n L"], look: Callable | None = None) -> EmbeddedText:
-    "The network after r.steps, with averaged weights, in eval mode. look: called with the network every r.every steps, from 0."
-    net, g = r.fresh(), torch.Generator().manual_seed(r.seed)
-    average = torch.optim.swa_utils.AveragedModel(
-        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(r.ema)
-    )
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.98), fused=True)
-    rate = warmup_cosine(r.lr, 100, r.steps)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(r.seed)
-        for k in range(r.steps):
-            if look and k % r.every == 0:
-                look(net)
-            optimizer.param_groups[0]["lr"] = rate(k)
-            x0 = x[torch.randint(len(x), (r.batch,), generator=g)]
-            t = (torch.arange(r.batch) + torch.rand(1, generator=g)) / r.batch
-            noise = torch.randn(r.batch, LENGTH, r.d, generator=g)
-            optimizer.zero_grad()
-            r.loss(net, x0, t[torch.randperm(r.batch, generator=g)], noise).mean().backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            average.update_parameters(net)
-    if look:
-        look(net)
-    return average.module.eval()
+def encoder_trainer(r: EncoderRecipe, x: Int[Tensor, "n L"], **options) -> Trainer:
+    "The trainer of a network of words x. options: those of `Trainer`."
+    return Trainer(r.fresh(), x, loss=r.loss, device="cpu", **r.options(), **options)
 
 
 @torch.no_grad()
@@ -108,8 +87,10 @@ def compared(r: EncoderRecipe, x: Tensor, held: Tensor) -> tuple[Tensor, Tensor]
     sizes, ends = [], []
     for unit, prior in ARMS.values():
         for seed in range(r.seeds):
-            way = []
-            net = fit_encoder(replace(r, unit=unit, prior=prior, seed=seed, steps=r.short), x, lambda n, way=way: way.append(root_mean_square(n)))  # fmt: skip
+            arm = replace(r, unit=unit, prior=prior, seed=seed, steps=r.short)
+            way = [root_mean_square(arm.fresh())]
+            look = lambda trainer, way=way: trainer.step % r.every or way.append(root_mean_square(trainer.denoiser))  # fmt: skip
+            net = encoder_trainer(arm, x, hooks=[look]).fit().eval()
             sizes.append(way)
             with torch.no_grad():
                 prior_now = prior_kl(net.schedule, net.encode(held)).mean().item()
@@ -132,7 +113,7 @@ def train_encoder(r: EncoderRecipe) -> tuple[dict, dict]:
     words = word_list()
     x, held = as_tokens(words.train), as_tokens(words.held_out)
     sizes, ends = compared(r, x, held[:200])
-    weights = halved(fit_encoder(r, x))
+    weights = halved(encoder_trainer(r, x).fit())
     weights = {k: v for k, v in weights.items() if not k.startswith("schedule")}
     net = loaded(r, weights)
     said = {"held out": held, "trained on": x[: len(held)]}
