@@ -189,7 +189,7 @@ def test_the_loss_is_that_of_points_with_noise_of_their_own_and_the_prior_term_i
 def test_comparison_and_weights():
     sizes, ends = compared(TINY, WORDS, WORDS[:2])
     assert sizes.shape == (3, 1, 2) and ends.shape == (3, 1, 3) and ends.isfinite().all()
-    assert torch.allclose(sizes[2], torch.ones(1, 3)) and torch.allclose(sizes[0, :, 0], sizes[1, :, 0])
+    assert torch.allclose(sizes[2], torch.ones(1, 2)) and torch.allclose(sizes[0, :, 0], sizes[1, :, 0])
     net = encoder_trainer(TINY, WORDS).fit().eval()
     again = loaded(TINY, {k: v for k, v in halved(net).items() if not k.startswith("schedule")})
     assert (again.points - net.points).abs().max() < 2e-3

@@ -41,7 +41,8 @@ class EncoderRecipe(Training):
     last: float = 4.0
     unit: bool = True
     prior: bool = False
-    steps: int = 3000
+    steps: int = 6000
+    batch: int = 128
     lr: float = 0.005
     ema: float = 0.995
     beta2: float = 0.98
