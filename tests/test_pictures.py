@@ -7,16 +7,20 @@ import torch
 
 from diffusion_nb.cli.book import artifacts
 from diffusion_nb.cli.models import label_of, load_model
+from diffusion_nb.denoisers import NetDenoiser, predict_v
 from diffusion_nb.experiments.artifacts import artifact, as_plain
 from diffusion_nb.experiments.judge import fashion_judge, mnist_judge
 from diffusion_nb.experiments.pictures import (
     CIFAR10_CLASSES,
     FASHION_CLASSES,
     PictureClassifier,
+    by_2m,
     cifar10_denoiser,
     cifar10_judge,
     draw_pictures,
     fashion_denoiser,
+    from_bytes,
+    in_bytes,
     mnist_denoiser,
     shifted,
 )
@@ -28,10 +32,14 @@ from diffusion_nb.experiments.reference import (
     reference,
     scores,
 )
-from diffusion_nb.nets.unet import parameters
+from diffusion_nb.grids import edm_grid
+from diffusion_nb.nets.unet import UNet, parameters
+from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.captions import CaptionRecipe
 from diffusion_nb.recipes.diffusion import Recipe, recipe
 from diffusion_nb.recipes.settings import settings
+from diffusion_nb.samplers.linear import dpmpp_2m
+from diffusion_nb.schedules import CosineSchedule
 from diffusion_nb.util.images import show
 
 
@@ -42,6 +50,39 @@ def test_pictures_are_shifted_within_their_mirrored_border():
     assert still.equal(x)
     assert moved[0, :, :7].equal(x[0, :, 1:]) and moved[0, :, 7].equal(x[0, :, 6])
     assert moved[1, :, :, 3:].equal(x[1, :, :, :5]) and moved[1, :, :, :3].equal(x[1, :, :, 1:4].flip(2))
+
+
+def test_weights_in_8_bits_come_back_to_half_a_step():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5), torch.nn.Linear(7, 4))
+    net[0].weight.data[1] *= 1000  # a large filter does not cost the others their digits
+    net[0].weight.data[2] = 0
+    kept = in_bytes(net)
+    back, own = from_bytes(kept), net.state_dict()
+    assert (
+        back.keys() == own.keys() and kept["0.weight"].dtype == torch.int8 and kept["0.bias"].dtype == torch.half
+    )
+    for name in ("0.weight", "2.weight"):
+        step = own[name].flatten(1).abs().amax(1, keepdim=True) / 127
+        assert ((back[name] - own[name]).flatten(1).abs() <= 0.5001 * step).all()
+        assert back[name].flatten(1).abs().amax(1).allclose(own[name].flatten(1).abs().amax(1))
+    assert back["0.bias"].float().allclose(own["0.bias"], rtol=1e-3) and back["1.num_batches_tracked"] == 0
+
+
+def test_drawings_depend_on_their_seed_and_condition_alone():
+    net = UNet(1, 8, (1, 2), 1, (1,), classes=10)
+    model, y = NetDenoiser(net, CosineSchedule(), predict_v).eval(), torch.tensor([3, 1, 4, 1, 5])
+    for p in net.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    whole = by_2m(model, 5, (1, 8, 8), 4, first=7, y=y)
+    parts = by_2m(model, 5, (1, 8, 8), 4, first=7, batch=2, y=y)
+    last = by_2m(model, 1, (1, 8, 8), 4, first=11, y=y[4:])
+    assert torch.allclose(whole, parts, atol=1e-4) and torch.allclose(whole[4:], last, atol=1e-4)
+    other = by_2m(model, 5, (1, 8, 8), 4, first=7, y=y.flip(0))
+    assert (whole - other)[0].abs().max() > 1e-3 and (whole[0] - whole[1]).abs().max() > 1e-2
+    ts = edm_grid(model.schedule, 4, 0.02, 80.0)
+    start = model.schedule(ts[0])[1].float() * Noise(range(7, 12), (1, 8, 8))(0)
+    with torch.no_grad():
+        assert torch.equal(whole, dpmpp_2m(model, start, ts, y=y))
 
 
 def test_the_judge_reads_its_classes_off_its_features():
