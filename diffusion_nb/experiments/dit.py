@@ -1,7 +1,8 @@
 """Diffusion transformers beside the U-Net (notebook 24)."""
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,13 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffusion_nb.codecs import Codec, latents
 from diffusion_nb.data import Pictures, data_set, digits
-from diffusion_nb.denoisers import Denoiser, NetDenoiser, predict_v
+from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, predict_v
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.digits import draw_digits
 from diffusion_nb.experiments.evaluation import reference
 from diffusion_nb.experiments.judge import digit_judge, mnist_judge
+from diffusion_nb.experiments.latent import mnist_codec
 from diffusion_nb.experiments.pictures import halved, judge_pictures, trained_on
+from diffusion_nb.experiments.reference import reference as mnist_reference
+from diffusion_nb.grids import edm_grid
 from diffusion_nb.losses.simple import denoising_loss, snr_plus_one
 from diffusion_nb.metrics.features import frechet_distance
 from diffusion_nb.nets.dit import AdaLNZero, CrossAttend, DiT, InContext
@@ -24,6 +29,7 @@ from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import Training, recipe_trainer
 from diffusion_nb.recipes.dit import DiTRecipe, dit_denoiser, dit_recipe
 from diffusion_nb.recipes.settings import settings
+from diffusion_nb.samplers.linear import dpmpp_2m
 from diffusion_nb.schedules import CosineSchedule
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.profiling import flops
@@ -76,23 +82,34 @@ def held_out_loss(denoiser: Denoiser, x: Float[Tensor, "n c h w"], y: Tensor, co
     return denoising_loss(denoiser, x, t.clamp(min=1e-3), noise, weight=snr_plus_one, y=y).mean().item()
 
 
-def trained(r: DiTComparison, name: str, data: Pictures, look: Callable | None = None) -> Denoiser:  # fmt: skip
-    "A contender, trained; `look(trainer)` after each step."
-    denoiser = NetDenoiser(contender(name, tuple(data.x.shape[1:]), r.seed), CosineSchedule(), predict_v)
+def latent_contender(name: str, shape: tuple[int, int, int], seed: int) -> nn.Module:
+    "The same for latents of 7×7: each latent pixel is a token, and the U-Net, of one level, is as wide as makes its operations equal."
+    if name != "U-Net":
+        return contender(name, shape, seed, patch=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet(shape[0], 24, (1,), 1, (0,), classes=10)
+
+
+def trained(r: DiTComparison, name: str, data: Pictures, look: Callable | None = None, build: Callable = contender) -> Denoiser:  # fmt: skip
+    "A contender, trained; `look(trainer)` after each step. build: (name, shape, seed) ↦ its fresh network."
+    denoiser = NetDenoiser(build(name, tuple(data.x.shape[1:]), r.seed), CosineSchedule(), predict_v)
     options = r.options() | dict(loss=partial(denoising_loss, weight=snr_plus_one))
-    return Trainer(
-        denoiser, data.x, cond={"y": data.y}, null=10, device="cpu", hooks=[look] if look else [], **options
-    ).fit()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "x0: pictures are expected")  # latents go beyond [-1, 1]
+        return Trainer(
+            denoiser, data.x, cond={"y": data.y}, null=10, device="cpu", hooks=[look] if look else [], **options
+        ).fit()
 
 
-def by_rate(r: DiTComparison, name: str, data: Pictures) -> Float[Tensor, " rates"]:
+def by_rate(r: DiTComparison, name: str, data: Pictures, build: Callable = contender) -> Float[Tensor, " rates"]:
     "The held-out loss of short trainings at each of the rates."
     short = replace(r, steps=r.pilot, warmup=min(r.warmup, r.pilot // 3), seed=99)
-    ends = [trained(replace(short, lr=lr), name, data) for lr in r.rates]
+    ends = [trained(replace(short, lr=lr), name, data, build=build) for lr in r.rates]
     return torch.tensor([held_out_loss(denoiser, data.x_test, data.y_test) for denoiser in ends])
 
 
-def course(r: DiTComparison, name: str, seed: int, data: Pictures, score: Callable) -> tuple[Tensor, Tensor]:
+def course(r: DiTComparison, name: str, seed: int, data: Pictures, score: Callable, build: Callable = contender) -> tuple[Tensor, Tensor]:  # fmt: skip
     "One training: (step, processor seconds, held-out loss, score(averaged denoiser)[0]) at each mark, and score(…)[1] at the end."
     marks, rows, spent, since, last = [r.steps // k for k in r.parts], [], 0.0, time.process_time(), None
 
@@ -104,7 +121,7 @@ def course(r: DiTComparison, name: str, seed: int, data: Pictures, score: Callab
             rows.append([trainer.step, spent, held_out_loss(trainer.average, data.x_test, data.y_test), value])
             since = time.process_time()
 
-    trained(replace(r, seed=seed), name, data, look)
+    trained(replace(r, seed=seed), name, data, look, build)
     return torch.tensor(rows), last
 
 
@@ -116,10 +133,10 @@ def score_digits(r: DiTComparison, denoiser: Denoiser) -> tuple[float, Tensor]:
     return found, (8 * (x[:40].clamp(-1, 1) + 1)).round().to(torch.uint8)
 
 
-def compare(r: DiTComparison, data: Pictures, score: Callable) -> dict[str, Tensor]:
-    "All contenders and seeds on pictures, or latents: the losses of the pilots, the courses (contenders, seeds, marks, 4), and what the first seed of each drew."
-    rates = torch.stack([by_rate(r, name, data) for name in CONTENDERS])
-    runs = [[course(r, name, seed, data, score) for seed in range(r.seeds)] for name in CONTENDERS]
+def compare(r: DiTComparison, data: Pictures, score: Callable, build: Callable = contender, names: Sequence[str] = CONTENDERS) -> dict[str, Tensor]:  # fmt: skip
+    "These contenders and all seeds on pictures, or latents: the losses of the pilots, the courses (contenders, seeds, marks, 4), and what the first seed of each drew."
+    rates = torch.stack([by_rate(r, name, data, build) for name in names])
+    runs = [[course(r, name, seed, data, score, build) for seed in range(r.seeds)] for name in names]
     return {
         "rates": rates,
         "courses": torch.stack([torch.stack([rows for rows, _ in of_one]) for of_one in runs]),
@@ -127,30 +144,70 @@ def compare(r: DiTComparison, data: Pictures, score: Callable) -> dict[str, Tens
     }
 
 
-def sizes(shape: tuple[int, int, int]) -> Float[Tensor, "contenders 2"]:
+def sizes(shape: tuple[int, int, int], build: Callable = contender) -> Float[Tensor, "contenders 2"]:
     "Parameters, and floating-point operations of one call with one picture, of each contender."
     counts = []
     for name in CONTENDERS:
-        net = contender(name, shape, 0)
+        net = build(name, shape, 0)
         given = torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
         counts.append([parameters(net), flops(lambda net=net, given=given: net(*given))])
     return torch.tensor(counts, dtype=torch.float64)
 
 
-def run_comparison(r: DiTComparison) -> tuple[dict, dict]:
-    "The comparison on digits, and the mean of each contender's last loss and Fréchet distance."
-    data = digits()
-    found = compare(r, data, partial(score_digits, r))
+def last_of(found: dict[str, Tensor], names: Sequence[str] = CONTENDERS) -> dict[str, dict]:
+    "The mean of each contender's last loss and Fréchet distance."
     ends = found["courses"][:, :, -1].mean(1)
-    return found, {
+    return {
         name: {"loss": round(row[2].item(), 4), "Fréchet distance": round(row[3].item(), 2), "seconds": round(row[1].item(), 1)}
-        for name, row in zip(CONTENDERS, ends, strict=True)
+        for name, row in zip(names, ends, strict=True)
     }  # fmt: skip
+
+
+def run_comparison(r: DiTComparison) -> tuple[dict, dict]:
+    "The comparison on digits, and how it ended."
+    found = compare(r, digits(), partial(score_digits, r))
+    return found, last_of(found)
 
 
 def comparison() -> dict[str, Tensor]:
     "What `compare` found on digits (artifact `dit`, [24_dit])."
     return artifact("dit", run_comparison, settings("24_dit", DiTComparison))[0]
+
+
+# the same in latents
+
+
+def mnist_latents(codec: Codec, n: int = 20_000) -> Pictures:
+    "Latents of n pictures of MNIST and of 1,000 held out, each drawn once from its normal distribution, as if they were pictures."
+    data = data_set("mnist").load()
+
+    def drawn(x, first):
+        mean, sd = latents(codec, x).chunk(2, dim=1)
+        return mean + sd * Noise(range(first, first + len(x)), mean.shape[1:])(0)
+
+    return Pictures(drawn(data.x[:n], 0), data.y[:n], drawn(data.x_test[:1000], 2**20), data.y_test[:1000])
+
+
+@torch.no_grad()
+def score_latents(r: DiTComparison, codec: Codec, denoiser: Denoiser) -> tuple[float, Tensor]:
+    "The Fréchet distance of drawn and decoded digits to training digits, and 40 of the drawings as bytes."
+    seeds, ts = torch.arange(r.drawn) + 2**20, edm_grid(denoiser.schedule, r.calls, 0.02, 80.0)
+    start = denoiser.schedule(ts[0])[1].float() * Noise(seeds, (4, 7, 7))(0)
+    x = codec.decode(dpmpp_2m(Clip(denoiser, -6.0, 6.0), start, ts, y=seeds % 10)).clamp(-1, 1)
+    found = frechet_distance(mnist_judge().features(x), mnist_reference("mnist").real.float())
+    return found, (127.5 * (x[:40] + 1)).round().to(torch.uint8)
+
+
+def run_in_latents(r: DiTComparison) -> tuple[dict, dict]:
+    "The comparison of the KINDS on latents of MNIST, and how it ended."
+    codec = mnist_codec()[0]
+    found = compare(r, mnist_latents(codec), partial(score_latents, r, codec), latent_contender, KINDS)
+    return found, last_of(found, KINDS)
+
+
+def comparison_in_latents() -> dict[str, Tensor]:
+    "What `compare` found on latents of MNIST (artifact `dit_latents`, [24_dit.latents])."
+    return artifact("dit_latents", run_in_latents, settings("24_dit.latents", DiTComparison))[0]
 
 
 # digits of 28×28
