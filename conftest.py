@@ -15,6 +15,7 @@ from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell
 
 from diffusion_nb.util.allocator import keep_freed_memory
+from tools import figures
 from tools.kernels import launch
 from tools.printed import Printed
 from tools.seen import Seen
@@ -39,6 +40,7 @@ DIFFERS = {
     r"data:image/[^\"']*": "",
     r"[0-9a-f]{32}": "",  # the names that matplotlib gives to animations
 }
+RECORDED = {}  # path of a notebook ↦ {id of a cell: its figures}, with DIFFUSION_NB_RECORD_FIGURES
 
 
 def without_widgets(outputs):
@@ -46,9 +48,30 @@ def without_widgets(outputs):
 
 
 class Cell(IPyNbCell):
-    "A notebook cell whose progress bars and warnings may differ from the stored ones, numbers in their last place, and pictures as far as one hardly sees it."
+    "A notebook cell whose progress bars and warnings may differ from the stored ones, numbers in their last place, pictures as far as one hardly sees it, and curves as far as roundings move them."
 
     def compare_outputs(self, test, ref, skip_compare=None):
+        shown = [out["data"].pop(figures.MIME) for out in test if figures.MIME in out.get("data", {})]
+        return self.same_outputs(test, ref, skip_compare) and self.same_figures(shown)
+
+    def same_figures(self, shown):
+        "Whether the figures are those that are recorded, if any are for this notebook."
+        if os.environ.get(figures.RECORD):
+            return self.record(shown)
+        was = figures.recorded(self.path)
+        said = "" if was is None else figures.all_apart(was.get(self.cell.get("id"), []), shown)
+        if said:
+            self.comparison_traceback.append(f"{said}. If it is right so, python tools/figures.py nbs/{self.path.name}")
+        return not said
+
+    def record(self, shown):
+        "Keep the figures of this cell with those of the cells before it."
+        RECORDED.setdefault(self.path, {}).update({self.cell["id"]: shown} if shown else {})
+        if RECORDED[self.path]:
+            figures.write(self.path, RECORDED[self.path])
+        return True
+
+    def same_outputs(self, test, ref, skip_compare):
         self.parent.sanitize_patterns |= DIFFERS
         skip_compare = {*(skip_compare or self.parent.skip_compare), "stderr"} - {"image/png", "image/gif"}
         return super().compare_outputs(without_widgets(test), without_widgets(ref), skip_compare)

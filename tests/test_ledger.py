@@ -6,6 +6,7 @@ import pytest
 
 from diffusion_nb.book.ledger import cites, gaps, ledger, parts
 from diffusion_nb.cli.main import main
+from tools import reviewed
 
 CLAIM = """[[claim]]
 id = "{}"
@@ -170,3 +171,42 @@ def test_command(book, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "X-1: 01_a shows oracle; asked for: symbolic" in said.err and "wrote " in said.out
     assert "| X-1 |" in (root / "new/ledger.md").read_text()
+
+
+# what was read side by side
+
+
+def test_every_row_was_read_beside_its_claim_and_code():
+    rows = [f"{id}: its {what} was changed: read them side by side, then python tools/reviewed.py {id}" for id, what in reviewed.changed().items()]  # fmt: skip
+    assert not rows, "\n".join(rows)
+
+
+def test_a_changed_row_claim_or_docstring_asks_for_a_review(book):
+    def written(says="one", doc="One. (X-1)", **rows):
+        root = book(rows or {"X-1": ["oracle"]}, code('claim("X-1")', f"✓ X-1 {says} · oracle"))
+        (root / "diffusion_nb").mkdir(exist_ok=True)
+        (root / "diffusion_nb/a.py").write_text(f'def f(x):\n    "{doc}"\n')
+        (root / "tests").mkdir(exist_ok=True)
+        return root
+
+    root = written()
+    assert reviewed.changed(root) == {"X-1": "row of claims.toml and claim and code"}
+    shown = reviewed.read_now(["X-1"], root)
+    assert all(text in shown for text in ("it is so", "one · oracle", "diffusion_nb.a.f: One. (X-1)"))
+    assert reviewed.changed(root) == {}
+    assert reviewed.changed(written(says="another")) == {"X-1": "claim"}
+    assert reviewed.changed(written(doc="Two. (X-1)")) == {"X-1": "code"}
+    written()
+    text = (root / "claims.toml").read_text()
+    (root / "claims.toml").write_text(text.replace("it is so", "it is not so"))
+    assert reviewed.changed(root) == {"X-1": "row of claims.toml"}
+    with pytest.raises(ValueError, match="X-2"):
+        reviewed.read_now(["X-2"], root)
+
+
+def test_the_three_stand_side_by_side(book):
+    root = book({"X-1": ["oracle"]}, code('claim("X-1")', "✓ X-1 one · oracle"))
+    (root / "diffusion_nb").mkdir()
+    (root / "diffusion_nb/a.py").write_text('def f(x):\n    "Less < more. (X-1)\\n\\n    Further."\n')
+    found = ledger(root).html().split("<td>")
+    assert found[3] == "one" and found[4].endswith("<small>Less &lt; more. (X-1)</small>") and "it is so" in found[2]

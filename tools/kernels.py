@@ -22,13 +22,18 @@ def run_kernel(argv: list[str], cwd: str, env: dict[str, str]) -> None:
     "A kernel, in a forked process."
     from ipykernel.kernelapp import IPKernelApp
 
+    from tools.figures import add_to
+
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     if seed := env.get("DIFFUSION_NB_KERNEL_SEED"):  # `make test-anywhere`: no stored output hangs on it
         torch.manual_seed(int(seed))
     sys.argv = ["ipykernel_launcher", *argv]
-    IPKernelApp.launch_instance(argv)
+    app = IPKernelApp.instance()
+    app.initialize(argv)
+    add_to(app.shell)
+    app.start()
 
 
 class Forked:

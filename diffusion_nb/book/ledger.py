@@ -107,7 +107,7 @@ STRENGTH = ["symbolic", "oracle", "bound", "limit", "Monte Carlo", "experiment"]
 
 
 class Row(NamedTuple):
-    "A row of claims.toml and what the book shows for it. `written`: its notebook exists; `claim`: None if there is none yet."
+    "A row of claims.toml and what the book shows for it. `written`: its notebook exists; `claim`: None if there is none yet; `code`: {name: the first line of its docstring}."
 
     id: str
     source: str
@@ -118,7 +118,7 @@ class Row(NamedTuple):
     pictures: bool
     claim: Claim | None
     errata: list[Claim]
-    code: list[str]
+    code: dict[str, str]
 
     @property
     def kinds(self) -> list[str]:
@@ -146,7 +146,7 @@ def ledger(root: Path | None = None) -> "Ledger":
         id, cells = entry["id"], cells_of(root, entry["notebook"])
         misprints = [erratum for where, erratum in errata if where in parts(id)]
         rows.append(Row(**entry, written=bool(cells), pictures=has_pictures(cells), claim=claims_in(cells).get(id),
-                        errata=misprints, code=[name for name, text in code if cites(text, id)]))  # fmt: skip
+                        errata=misprints, code={name: text.split("\n")[0] for name, text in code if cites(text, id)}))  # fmt: skip
     return Ledger(rows)
 
 
@@ -174,8 +174,11 @@ class Ledger(list[Row]):
         return self.html()
 
     def html(self, place: Callable[[str, str], str] = in_jupyter, code: Callable[[str], str] | None = None) -> str:
-        "`place(notebook, heading)` and `code(dotted name)` are the addresses to link to."
-        head = "<tr><th>id<th>statement<th>derived in<th>code<th>shown by<th>how"
+        """Statement, claim and docstrings side by side, so that one can see whether they say the same.
+
+        `place(notebook, heading)` and `code(dotted name)` are the addresses to link to.
+        """
+        head = "<tr><th>id<th>statement<th>shown by<th>code<th>derived in<th>how"
         return (
             f'<table class="ledger">{head}\n'
             + "\n".join(_html_row(row, place, code) for row in self)
@@ -210,9 +213,9 @@ def _cells(row: Row) -> list[str]:
     return [row.id, row.statement, row.source, f"{row.notebook}, {row.claim.heading}", code, row.claim.says, kinds]
 
 
-def _html_code(name: str, code: Callable | None) -> str:
+def _html_code(name: str, says: str, code: Callable | None) -> str:
     text = f"<code>{_short(name).replace('.', '.<wbr>')}</code>"
-    return f'<a href="{code(name)}">{text}</a>' if code else text
+    return (f'<a href="{code(name)}">{text}</a>' if code else text) + f"<small>{escape(says)}</small>"
 
 
 def _html_row(row: Row, place: Callable, code: Callable | None) -> str:
@@ -225,6 +228,6 @@ def _html_row(row: Row, place: Callable, code: Callable | None) -> str:
         how = ", ".join([f"<b>{row.kinds[0]}</b>", *row.kinds[1:]])
     errata = "".join(f"<br>erratum: {link('errata', erratum.heading)}" for erratum in row.errata)
     cells = [f"<b>{escape(row.id)}</b>", f"{escape(row.statement)}<br><small>{escape(row.source)}</small>{errata}",
-             where, "<br>".join(_html_code(name, code) for name in row.code) or "–", says, how]  # fmt: skip
+             says, "".join(_html_code(name, text, code) for name, text in row.code.items()) or "–", where, how]  # fmt: skip
     state = "shown" if row.claim else "missing" if row.written else "planned"
     return f'<tr id="{escape(row.id)}" class="{state}"><td>' + "<td>".join(cells)
