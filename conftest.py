@@ -61,7 +61,9 @@ class Cell(IPyNbCell):
         was = figures.recorded(self.path)
         said = "" if was is None else figures.all_apart(was.get(self.cell.get("id"), []), shown)
         if said:
-            self.comparison_traceback.append(f"{said}. If it is right so, python tools/figures.py nbs/{self.path.name}")
+            self.comparison_traceback.append(
+                f"{said}. If it is right so, python tools/figures.py nbs/{self.path.name}"
+            )
         return not said
 
     def record(self, shown):

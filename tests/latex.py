@@ -4,7 +4,6 @@ SymPy's reader knows neither \\bar\\alpha_{t-1} nor \\sigma_{t|s}^2 nor a norm, 
 worth is said beside it, in a table from LaTeX to a number, a tensor (*b, d) or a function, and the longest entry wins. All else is arithmetic.
 """
 
-import math
 import re
 from collections.abc import Callable
 
@@ -51,7 +50,9 @@ class Reader:
     def take(self, *wanted: str) -> str:
         found = self.peek()
         if wanted and found not in wanted:
-            raise Unreadable(f"expected {' or '.join(wanted)} at …{''.join(self.tokens[self.place : self.place + 12])}")
+            raise Unreadable(
+                f"expected {' or '.join(wanted)} at …{''.join(self.tokens[self.place : self.place + 12])}"
+            )
         self.place += 1
         return found
 
@@ -82,7 +83,9 @@ class Reader:
             elif self.peek() in ("\\cdot", "\\times", "\\odot"):
                 inner = self.take() == "\\cdot"
                 other = self.power()
-                value = (value * other).sum(-1) if inner and is_vector(value) and is_vector(other) else value * other
+                value = (
+                    (value * other).sum(-1) if inner and is_vector(value) and is_vector(other) else value * other
+                )
             elif self.begins():
                 if divided:
                     raise Unreadable("a / b c may be read in two ways: use \\frac")

@@ -11,12 +11,14 @@ from matplotlib.figure import Figure
 from tools import figures
 
 ROOT = Path(__file__).resolve().parents[1]
-DIGITS = np.random.default_rng(0).random((40, 40)).cumsum(0) / 20  # brighter towards the bottom
+DIGITS = np.random.default_rng(0).random((40, 40)).cumsum(0) * np.linspace(
+    0.3, 1, 40
+)  # brighter towards the bottom, and to the right
 X = np.linspace(0.01, 1, 80)
 CLOUD = np.random.default_rng(1).standard_normal((200, 2))
 
 
-def drawn(curve=np.sqrt, picture=DIGITS, points=CLOUD, heights=(1.0, 2.0, 3.0), label="data", title="three curves", top=5.0, log=False, hue="C0"):  # fmt: skip
+def drawn(curve=np.sqrt, picture=DIGITS, points=CLOUD, heights=(1.0, 2.0, 3.0), label="data", title="three curves", top=2.5, log=False, hue="C0"):  # fmt: skip
     "What a figure with three curves, a picture, a cloud of points and bars shows."
     fig = Figure(figsize=(8, 3))
     a, b, c, d = fig.subplots(1, 4)
@@ -28,6 +30,7 @@ def drawn(curve=np.sqrt, picture=DIGITS, points=CLOUD, heights=(1.0, 2.0, 3.0), 
     b.imshow(picture, cmap="gray")
     c.scatter(*points.T, s=4)
     c.fill_between(X, X, 2 * X)
+    c.set(xlim=(-4, 4), ylim=(-4, 4))
     d.bar(range(3), heights)
     d.set_xticks(range(3), ["one", "two", "three"])
     fig.savefig("/dev/null", format="png", dpi=40)
@@ -101,7 +104,9 @@ RECORDS = sorted(figures.RECORDS.glob("*.json"))
 def with_figures(path: Path) -> set[str]:
     "The cells of a notebook that were stored to show a figure, and are compared."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    shows = lambda out: "image/png" in out.get("data", {}) and "Figure" in "".join(out["data"].get("text/plain", ""))
+    shows = lambda out: (
+        "image/png" in out.get("data", {}) and "Figure" in "".join(out["data"].get("text/plain", ""))
+    )
     return {cell["id"] for cell in cells if any(map(shows, cell.get("outputs", ()))) and not NOT_COMPARED & set(cell["metadata"].get("tags", ()))}  # fmt: skip
 
 

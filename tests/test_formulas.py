@@ -38,7 +38,9 @@ class Guess(Denoiser):
 
     def forward(self, x_t, t, **cond):
         alpha, sigma = (expand_as(c, x_t) for c in self.schedule(torch.as_tensor(t, dtype=torch.float64)))
-        x0 = self.guesses[0] if abs(float(torch.as_tensor(t).flatten()[0]) - self.first) < 1e-9 else self.guesses[1]
+        x0 = (
+            self.guesses[0] if abs(float(torch.as_tensor(t).flatten()[0]) - self.first) < 1e-9 else self.guesses[1]
+        )
         return Prediction(x_t, alpha, sigma, x0.expand_as(x_t))
 
 
@@ -87,7 +89,11 @@ def world(row: dict, i: int) -> tuple[dict, dict]:
         r"\tilde\beta_t": step.small, r"\tilde\beta": step.small,
     }  # fmt: skip
     if one:
-        symbols |= {r"\beta_t": 1 - (alpha / alpha_s) ** 2, r"\bar\alpha_t": alpha**2, r"\bar\alpha_{t-1}": alpha_s**2}
+        symbols |= {
+            r"\beta_t": 1 - (alpha / alpha_s) ** 2,
+            r"\bar\alpha_t": alpha**2,
+            r"\bar\alpha_{t-1}": alpha_s**2,
+        }
     for name, expression in row.get("let", {}).items():
         names[name] = eval(expression, names)
     return names, symbols | {latex: eval(text, names) for latex, text in row.get("where", {}).items()}
@@ -104,7 +110,9 @@ def words_of(row: dict) -> list[str]:
     "The tokens of the notebook's formula that follow `after`."
     parts = displayed(row["notebook"]).split(row["after"])
     nth = row.get("nth", 1)
-    assert len(parts) > nth, f"{row['notebook']} has no formula {row['after']!r} any more: follow it in tests/formulas.toml"
+    assert len(parts) > nth, (
+        f"{row['notebook']} has no formula {row['after']!r} any more: follow it in tests/formulas.toml"
+    )
     assert nth > 1 or len(parts) == 2 or row.get("first"), f"{row['after']!r} begins {len(parts) - 1} formulas of {row['notebook']}: say which, nth = 1 and first = true"  # fmt: skip
     return tokens(parts[nth].split("\n")[0])
 
@@ -137,7 +145,40 @@ def holds(row: dict, words: list[str]) -> tuple[bool, list[int]]:
 def test_a_formula_says_what_the_library_computes(row):
     words = words_of(row)
     right, places = holds(row, words)
-    assert right, f"{row['notebook']}: {row['after']} {''.join(words[: places[-1] + 1])} is not {' and '.join(row['is'])}"
+    assert right, (
+        f"{row['notebook']}: {row['after']} {''.join(words[: places[-1] + 1])} is not {' and '.join(row['is'])}"
+    )
+
+
+def test_every_formula_belongs_to_a_row_of_the_ledger():
+    listed = {entry["id"] for entry in tomllib.loads((ROOT / "claims.toml").read_text(encoding="utf-8"))["claim"]}
+    assert {row["id"] for row in FORMULAS} <= listed
+
+
+@pytest.mark.parametrize("latex, want", [
+    (r"\frac12 a b^2", 9.0), (r"\frac1{a}-\frac b2", -1.0), (r"a/b", 2 / 3), (r"-a^2+b", -1.0), (r"10.5a", 21.0), (r"\sqrt{a+7}b", 9.0),
+    (r"\hat a_{t-1}^2\,b", 75.0), (r"\log\frac{b}{a}+\exp(a-2)", 1 + math.log(1.5)), (r"\cos^2\!\Bigl(\pi\cdot a\Bigr)", 1.0),
+    (r"\underbrace{a\,b}_{\text{all}}+\max(a, b)", 9.0), (r"\|x\|^2", 25.0), (r"x\cdot x", 25.0), (r"\sum_i x_i", 7.0), (r"f(a, b)\,a", 12.0),
+    (r"f b", 9.0),
+])  # fmt: skip
+def test_the_reader_does_arithmetic(latex, want):
+    x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    table = {
+        "a": 2,
+        "b": 3,
+        r"\hat a_{t-1}": 5,
+        r"\pi": math.pi,
+        "x": x,
+        "x_i": x,
+        "f": lambda *v: sum(v) + (1 if len(v) > 1 else 6),
+    }
+    assert float(read(tokens(latex), table)[0][0][0]) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("latex", [r"a/b c", r"a + q", r"a + \unknown", r"(a", r"a +", r"a \mid b", r"\hat b"])
+def test_what_is_no_arithmetic_is_refused(latex):
+    with pytest.raises(Unreadable):
+        read(tokens(latex), {"a": 2, "b": 3, "c": 4})
 
 
 OTHER = {"+": "-", "-": "+", r"\sigma": r"\alpha", r"\alpha": r"\sigma", "s": "t", "t": "s", "0": "t", "1": "2", "2": "3", r"\varepsilon": "x_0"}  # fmt: skip

@@ -209,4 +209,6 @@ def test_the_three_stand_side_by_side(book):
     (root / "diffusion_nb").mkdir()
     (root / "diffusion_nb/a.py").write_text('def f(x):\n    "Less < more. (X-1)\\n\\n    Further."\n')
     found = ledger(root).html().split("<td>")
-    assert found[3] == "one" and found[4].endswith("<small>Less &lt; more. (X-1)</small>") and "it is so" in found[2]
+    assert (
+        found[3] == "one" and found[4].endswith("<small>Less &lt; more. (X-1)</small>") and "it is so" in found[2]
+    )

@@ -24,15 +24,15 @@ RECORDS = ROOT / "tests/figures"
 MIME = "application/vnd.diffusion-nb.figure+json"
 RECORD = "DIFFUSION_NB_RECORD_FIGURES"  # set: what is found is recorded, and not compared
 ROWS = 8
-NEAR = {"line": 0.02, "points": 0.03, "bars": 0.02, "shape": 0.03, "image": 0.06, "mesh": 0.06, "limits": 0.02}
+NEAR = {"line": 0.01, "points": 0.03, "bars": 0.02, "shape": 0.03, "image": 0.06, "mesh": 0.06, "limits": 0.02}
 
 
-def sketch(values) -> list[float]:
-    "Sums of n numbers with random signs over √n, the same signs for the same n."
+def sketch(values, n: int = 0) -> list[float]:
+    "Sums of numbers with random signs over √n, n how many things they describe; the same signs for as many numbers, in any version of NumPy."
     flat = np.nan_to_num(np.asarray(values, dtype=float).ravel(), nan=-1.0)
-    bits = np.random.default_rng(0).integers(0, 256, flat.size, dtype=np.uint8)
+    bits = np.random.RandomState(0).randint(0, 256, flat.size, dtype=np.uint8)
     sums = [((2.0 * (bits >> row & 1) - 1) * flat).sum() for row in range(ROWS)]
-    return [round(float(s) / math.sqrt(max(flat.size, 1)), 3) for s in sums]
+    return [round(float(s) / math.sqrt(n or max(flat.size, 1)), 3) for s in sums]
 
 
 def distance(a: list[float], b: list[float]) -> float:
@@ -51,7 +51,7 @@ def places(ax, points, transform) -> np.ndarray:
 
 
 def moments(points: np.ndarray) -> list[float]:
-    "Middle, spread and tilt of a shape whose number of points may differ: ten times their mean, so that they weigh as a sketch does."
+    "Middle, spread and tilt of a shape whose number of points may differ."
     points = points[np.isfinite(points).all(1)]
     if not len(points):
         return [0.0] * 5
@@ -64,7 +64,7 @@ def levels(mappable) -> np.ndarray:
     values = np.ma.filled(np.ma.asarray(mappable.get_array(), dtype=float), np.nan)
     if values.ndim == 3 and values.shape[-1] in (3, 4):
         return values / (255 if mappable.get_array().dtype == np.uint8 else 1)
-    return np.clip(np.ma.filled(mappable.norm(values), np.nan), 0, 1)
+    return np.clip(np.ma.filled(np.ma.asarray(mappable.norm(values), dtype=float), np.nan), 0, 1)
 
 
 def colour(value) -> str:
@@ -79,7 +79,8 @@ def colour(value) -> str:
 def entry(artist, kind: str, values, hue="") -> list:
     "[kind, label, colour, how many, sketch]."
     label = str(artist.get_label())
-    return [kind, "" if label.startswith("_") else label, colour(hue), int(np.size(values)), sketch(values)]
+    n = len(values) if kind in ("line", "points") else int(np.size(values))
+    return [kind, "" if label.startswith("_") else label, colour(hue), n, sketch(values, n)]
 
 
 def of_collection(ax, c) -> list[list]:
@@ -108,7 +109,7 @@ def bars(ax) -> list[list]:
     outlines = [p.get_path().transformed(p.get_transform()).get_extents().get_points() for p in ax.patches]
     boxes = np.concatenate([ax.transAxes.inverted().transform(b) for b in outlines])
     shades = np.array([p.get_facecolor()[:3] for p in ax.patches])
-    return [["bars", "", "", len(ax.patches), sketch(np.clip(boxes, 0, 1))], ["bars", "", "", len(shades), sketch(shades)]]  # fmt: skip
+    return [["bars", "", "", len(ax.patches), sketch(np.clip(boxes, 0, 1), len(ax.patches))], ["bars", "", "", len(shades), sketch(shades, len(shades))]]  # fmt: skip
 
 
 def words(ax) -> list[str]:
