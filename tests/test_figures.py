@@ -19,7 +19,7 @@ X = np.linspace(0.01, 1, 80)
 CLOUD = np.random.default_rng(1).standard_normal((200, 2))
 
 
-def drawn(curve=np.sqrt, picture=DIGITS, points=CLOUD, heights=(1.0, 2.0, 3.0), label="data", title="three curves", top=2.5, log=False, hue="C0"):  # fmt: skip
+def drawn(curve=np.sqrt, picture=DIGITS, points=CLOUD, heights=(1.0, 2.0, 3.0), label="data", title="three curves", top=2.5, log=False, hue="C0", names=("one", "two", "three")):  # fmt: skip
     "What a figure with three curves, a picture, a cloud of points and bars shows."
     fig = Figure(figsize=(8, 3))
     a, b, c, d = fig.subplots(1, 4)
@@ -33,7 +33,7 @@ def drawn(curve=np.sqrt, picture=DIGITS, points=CLOUD, heights=(1.0, 2.0, 3.0), 
     c.fill_between(X, X, 2 * X)
     c.set(xlim=(-4, 4), ylim=(-4, 4))
     d.bar(range(3), heights)
-    d.set_xticks(range(3), ["one", "two", "three"])
+    d.set_xticks(range(3), names)
     fig.savefig("/dev/null", format="png", dpi=40)
     return json.loads(json.dumps(figures.fingerprint(fig)))
 
@@ -74,6 +74,7 @@ one_upside_down[20:, 20:] = one_upside_down[20:, 20:][::-1]
     (dict(top=4.0), "an axis goes from"),
     (dict(log=True), "scales"),
     (dict(hue="C1"), "holds"),
+    (dict(names=("two", "one", "three")), "it says"),
 ])  # fmt: skip
 def test_what_is_drawn_otherwise_is_told(change, said):
     assert said in figures.apart(original(), drawn(**change))

@@ -158,7 +158,7 @@ def test_not_cited(text, id):
 def test_table_is_safe_to_show(book):
     root = book({"X-1": ["oracle"]}, code('claim("X-1")', "✓ X-1 p(x|y) < 1 · oracle"))
     assert "| p(x\\|y) < 1 | **oracle** |" in ledger(root).markdown()
-    assert "<td>p(x|y) &lt; 1<td><b>oracle</b>" in ledger(root).html()
+    assert "<td>p(x|y) &lt; 1<td>" in ledger(root).html() and "<td><b>oracle</b>" in ledger(root).html()
 
 
 def test_command(book, capsys, monkeypatch):

@@ -115,13 +115,11 @@ def bars(ax) -> list[list]:
 
 def words(ax) -> list[str]:
     "All that is written in the axes; ticks where somebody wrote them."
-    from matplotlib.ticker import FixedFormatter
-
     said = [ax.get_title(), ax.get_title("left"), ax.get_title("right"), ax.get_xlabel(), ax.get_ylabel()]
     said += [t.get_text() for t in ax.texts]
     said += [t.get_text() for t in ax.get_legend().get_texts()] if ax.get_legend() else []
     for axis in (ax.xaxis, ax.yaxis):
-        if isinstance(axis.get_major_formatter(), FixedFormatter):
+        if not axis.isDefault_majfmt:
             said += [t.get_text() for t in axis.get_ticklabels()]
     return [text for text in said if text]
 
