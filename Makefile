@@ -36,17 +36,19 @@ docs: $(STAMP)  ## write the book, its ledger and the library as web pages under
 
 export: $(STAMP)  ## write diffusion_nb/ and README.md from the notebooks
 	$(BIN)/nbdev-export
+	$(BIN)/python tools/stub.py
 	$(BIN)/python tools/readme.py
 
-lint: $(STAMP)  ## ruff, on notebooks too
+lint: $(STAMP)  ## ruff, on notebooks too, and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 artifacts: $(STAMP)  ## train every small network again and compare with the cards
 	$(BIN)/diffusion-nb artifacts $(ARGS)
 
 clean:  ## remove what was made here, except .venv and data
-	rm -rf runs _book _site build dist .ruff_cache .pytest_cache .hypothesis
+	rm -rf runs _book _site build dist .ruff_cache .mypy_cache .pytest_cache .hypothesis
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

@@ -12,7 +12,7 @@ NO_ALT = re.compile(r'alt="No description has been provided for this image"')  #
 def words_of(node: ast.expr) -> str:
     "A string of the source; what an f-string fills in is left out."
     if isinstance(node, ast.JoinedStr):
-        return "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+        return "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
