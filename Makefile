@@ -13,8 +13,8 @@ help:  ## show this list
 run: $(STAMP)  ## run the book from the first notebook to the last; ARGS='07_ddpm' for one
 	$(BIN)/diffusion-nb run $(ARGS)
 
-test: $(STAMP)  ## check every notebook against its stored outputs, and the library
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(STAMP)  ## check every notebook against its stored outputs, and the library; ARGS=quick for the library's short tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(patsubst quick,--quick tests,$(ARGS))
 
 test-anywhere: $(STAMP)  ## the notebooks as other processors run them (hours): which cell differs, which claim is weak; ARGS='--python OTHER/bin/python'
 	$(BIN)/python tools/anywhere.py $(ARGS)
@@ -35,6 +35,7 @@ docs: $(STAMP)  ## write the book, its ledger and the library as web pages under
 	$(BIN)/python tools/pages.py $(ARGS)
 
 export: $(STAMP)  ## write diffusion_nb/ and README.md from the notebooks
+	$(BIN)/python tools/first_cell.py
 	$(BIN)/nbdev-export
 	$(BIN)/python tools/stub.py
 	$(BIN)/python tools/readme.py

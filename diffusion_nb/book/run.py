@@ -208,7 +208,7 @@ def web_page(nb) -> str:
         return convert(match[1] or match[2], display="block" if match[1] else "inline")
 
     nb = copy.deepcopy(nb)
-    nb.cells = [c for c in nb.cells if not c.source.startswith("#| default_exp")]
+    nb.cells = [c for c in nb.cells if "remove-cell" not in c.metadata.get("tags", []) and not c.source.startswith("#| default_exp")]  # fmt: skip
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\$\$(.+?)\$\$|\$([^$]+?)\$", formula, cell.source, flags=re.DOTALL)
