@@ -115,7 +115,7 @@ def pytest_configure():
 # What `make test ARGS=quick` leaves out beside the notebooks and tests/gpu: whole programs, pages, long samplings and trainings.
 NOT_QUICK = (
     "anywhere", "auto_mutants", "benchmarks", "book", "cascade", "cli", "clip", "consistency", "control", "distillation", "docs",
-    "emoji", "guide", "lossless", "mutations", "pictures_tool", "published", "recipes", "resume", "runs", "scale", "students", "systems", "training", "types", "unified",
+    "emoji", "guide", "lossless", "mutations", "pictures_tool", "printed", "published", "recipes", "resume", "runs", "scale", "students", "systems", "training", "types", "unified",
 )  # fmt: skip
 
 

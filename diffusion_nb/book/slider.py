@@ -25,7 +25,7 @@ def sprite(frames: Sequence[UInt8[Tensor, "h w c"]], colours: int) -> str:
     out = io.BytesIO()
     pixels = Image.fromarray(torch.cat([f.expand(-1, -1, 3) for f in frames]).numpy())
     few = pixels.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB")
-    few.save(out, "WEBP", lossless=True, quality=20)
+    few.save(out, "WEBP", lossless=True, quality=80)
     return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
@@ -53,7 +53,8 @@ def slider(frames: Sequence[UInt8[Tensor, "h w c"]], labels: Sequence[str], name
     if len({f.shape for f in frames}) != 1 or len(frames) != len(labels):
         raise ValueError(f"slider: expected frames of one size, and as many labels; got sizes {sorted({tuple(f.shape) for f in frames})} and {len(labels)} labels for {len(frames)} frames")  # fmt: skip
     height, width = frames[0].shape[:2]
-    alt = f"{title}; {len(labels)} pictures, from {labels[0]} to {labels[-1]}"
+    first, last = (label.partition(";")[0] for label in (labels[0], labels[-1]))
+    alt = f"{title}; {len(labels)} pictures, {name} {first} to {last}"
     image = (
         f'<img alt="{escape(alt)}" src="{sprite(frames, colours)}" style="width:100%;max-width:none;display:block;'
         f'image-rendering:pixelated;transform:translateY(-{100 * start / len(labels):g}%)">'
