@@ -29,7 +29,8 @@ def titles(source: str) -> Iterator[str]:
 def alt_text(source: str, section: str) -> str:
     "What a picture shows, from the code that draws it; where that gives it no title, the section that it stands in."
     found = dict.fromkeys(" ".join(title.split()) for title in titles(source) if re.search(r"\w", title))
-    return " · ".join(found) if found else f"picture of the section “{section}”"
+    said = len(re.findall(r"\w", " ".join(found))) >= 8  # more than a word or two
+    return " · ".join([*found, *([] if said else [f"picture of the section “{section}”"])])
 
 
 def alt_texts(cells: list) -> Iterator[tuple[dict, str]]:
