@@ -16,7 +16,8 @@ from pathlib import Path
 if find_spec("diffusion_nb") is None:
     book = Path("diffusion_nb_book").absolute()
     if not book.exists():
-        subprocess.run(["git", "clone", "-q", "--depth", "1", "REPOSITORY", book], check=True)
+        project = "REPOSITORY"
+        subprocess.run(["git", "clone", "-q", "--depth", "1", project, book], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{book}[book,emoji]"], check=True)
     sys.path.insert(0, str(book))"""
 
