@@ -13,8 +13,8 @@ help:  ## show this list
 run: $(STAMP)  ## run the book from the first notebook to the last; ARGS='07_ddpm' for one
 	$(BIN)/diffusion-nb run $(ARGS)
 
-test: $(STAMP)  ## check every notebook against its stored outputs, and the library
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(STAMP)  ## check every notebook against its stored outputs, and the library; ARGS=quick for the library's short tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(patsubst quick,--quick tests,$(ARGS))
 
 test-anywhere: $(STAMP)  ## the notebooks as other processors run them (hours): which cell differs, which claim is weak; ARGS='--python OTHER/bin/python'
 	$(BIN)/python tools/anywhere.py $(ARGS)
@@ -35,18 +35,21 @@ docs: $(STAMP)  ## write the book, its ledger and the library as web pages under
 	$(BIN)/python tools/pages.py $(ARGS)
 
 export: $(STAMP)  ## write diffusion_nb/ and README.md from the notebooks
+	$(BIN)/python tools/first_cell.py
 	$(BIN)/nbdev-export
+	$(BIN)/python tools/stub.py
 	$(BIN)/python tools/readme.py
 
-lint: $(STAMP)  ## ruff, on notebooks too
+lint: $(STAMP)  ## ruff, on notebooks too, and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 artifacts: $(STAMP)  ## train every small network again and compare with the cards
 	$(BIN)/diffusion-nb artifacts $(ARGS)
 
 clean:  ## remove what was made here, except .venv and data
-	rm -rf runs _book _site build dist .ruff_cache .pytest_cache .hypothesis
+	rm -rf runs _book _site build dist .ruff_cache .mypy_cache .pytest_cache .hypothesis
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

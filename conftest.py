@@ -137,6 +137,24 @@ def pytest_configure():
     LocalProvisioner.launch_kernel = launch
 
 
+# What `make test ARGS=quick` leaves out beside the notebooks and tests/gpu: whole programs, pages, long samplings and trainings.
+NOT_QUICK = (
+    "anywhere", "auto_mutants", "benchmarks", "book", "cascade", "cli", "clip", "consistency", "control", "distillation", "docs",
+    "emoji", "guide", "lossless", "mutations", "pictures_tool", "printed", "published", "recipes", "resume", "runs", "scale", "students", "systems", "training", "types", "unified",
+)  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leave out the tests that take long")
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.getoption("--quick"):
+        name = collection_path.stem
+        return True if name == "gpu" or name.removeprefix("test_") in NOT_QUICK else None
+    return None
+
+
 LONG = (
     "test_resume",
     "07_ddpm",

@@ -1,8 +1,11 @@
 """How Sphinx makes the web pages. tools/pages.py prepares the folder that this file is run in."""
 
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+
+from docutils.nodes import raw
 
 import diffusion_nb.book  # noqa: F401  (it makes nbformat quick)
 
@@ -22,6 +25,7 @@ html_theme = "furo"
 html_title = "diffusion_nb"
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
+html_js_files = [("book.js", {"defer": "defer"})]
 html_show_sourcelink = html_copy_source = False
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
@@ -56,7 +60,15 @@ def here(app, page, template, context, doctree):
     context["furo_navigation_tree"] = tree.replace(f' class="toctree-l1">{entry}', marked)
 
 
+def objects(app, doctree):
+    "The functions and classes of the library, for objects.inv and for the search: tools/pages.py has written where each is."
+    for node in doctree.findall(raw):
+        for name, kind in re.findall(r'<div id="([\w.]+)" class="py-(\w+)">', node.astext()):
+            app.env.get_domain("py").note_object(name, kind, name)
+
+
 def setup(app):
+    app.connect("doctree-read", objects)
     app.connect("html-page-context", sidebar, priority=100)  # furo's own comes at 500
     app.connect("html-page-context", here, priority=900)
     app.set_html_assets_policy("always")  # MathJax on every page: Sphinx does not know of the ledger's formulas

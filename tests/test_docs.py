@@ -73,6 +73,42 @@ def test_pictures_say_what_they_show_where_they_cannot_be_seen(site):
     assert "drawn by the network that was trained above" in shown and all(map(len, shown)) and len(shown) > 6
 
 
+def test_every_picture_says_what_it_shows(site):
+    for path in site.glob("*.html"):
+        for tag in re.findall(r"<img [^>]*>", path.read_text(encoding="utf-8")):
+            alt = unescape(re.search(r'alt="([^"]*)"', tag)[1])
+            assert len(alt) > 8 and not re.search(r"\.png|No description", alt), f"{path.name}: {tag[:200]}"
+
+
+def test_pictures_open_in_full_size(site):
+    assert any(src.startswith("_static/book.js") for src in Page((site / "07_ddpm.html").read_text()).fetched)
+    assert (site / "_static/book.js").exists()
+
+
+def test_names_are_found_by_search_index_and_other_projects(site):
+    import zlib
+
+    inventory = (site / "objects.inv").read_bytes()
+    names = zlib.decompress(inventory.split(b"zlib.\n")[1]).decode()
+    assert "diffusion_nb.samplers.linear.ddpm py:function 1 api/samplers.linear.html#$" in names
+    assert "diffusion_nb.training.trainer.Trainer py:class" in names
+    assert re.search(r'"ddpm":', (site / "searchindex.js").read_text(encoding="utf-8").replace("'", '"'))
+    index = (site / "genindex.html").read_text(encoding="utf-8")
+    assert "ddpm (samplers.linear)" in index and "genindex.html" in Page((site / "index.html").read_text()).links
+
+
+def test_pages_lead_to_their_source_and_to_their_neighbours(site):
+    links = Page((site / "03_posterior.html").read_text()).links
+    assert any(link.endswith("/blob/main/nbs/03_posterior.ipynb") for link in links)
+    assert {"02_forward.html", "04_denoiser.html", "genindex.html"} <= links
+    source = [link for link in Page((site / "api/samplers.linear.html").read_text()).links if "samplers/linear.py#L" in link]  # fmt: skip
+    assert len(source) > 5
+
+
+def test_the_cell_that_fetches_the_library_is_not_shown(site):
+    assert not [p.name for p in site.glob("*.html") if "diffusion_nb_book" in p.read_text(encoding="utf-8")]
+
+
 def test_alternative_texts_are_the_titles_of_pictures():
     cells = [dict(cell_type="markdown", source="# A\n## Noise"),
              dict(cell_type="code", source='ax.set(title=f"{n} draws", xlabel="t")\nax.set_title("a\\nb"); ax.set_title("t")', outputs=[{"data": {"image/png": ""}}]),

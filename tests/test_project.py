@@ -87,3 +87,42 @@ def test_the_library_needs_nothing_of_the_book(tmp_path):
     assert (
         "pip install 'diffusion_nb[book,emoji]'" in done.stderr and (tmp_path / "runs/samples/grid.png").exists()
     )
+
+
+# notebooks that run alone
+
+
+def test_every_notebook_begins_with_the_cell_that_fetches_the_library():
+    done = subprocess.run([sys.executable, ROOT / "tools/first_cell.py", "--check"], capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def first_cell():
+    "The source of that cell."
+    sys.path.insert(0, str(ROOT / "tools"))
+    from first_cell import first_cell
+
+    return "".join(first_cell()["source"])
+
+
+def test_the_first_cell_does_nothing_where_the_library_is(first_cell, tmp_path):
+    done = subprocess.run([sys.executable, "-c", first_cell], cwd=tmp_path, env={"PATH": "", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and not done.stderr and not list(tmp_path.iterdir())
+
+
+ELSEWHERE = """
+import importlib.util, subprocess, sys
+real, asked = importlib.util.find_spec, []
+importlib.util.find_spec = lambda name, *a: None if name == "diffusion_nb" else real(name, *a)
+subprocess.run = lambda words, check: asked.append([str(w) for w in words])
+{cell}
+print(asked[0][:5], asked[0][5], asked[1][1:4], asked[1][5], sys.path[0])
+"""
+
+
+def test_the_first_cell_clones_and_installs_where_it_is_not(first_cell, tmp_path):
+    run = subprocess.run([sys.executable, "-c", ELSEWHERE.format(cell=first_cell)], cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    there, repository = tmp_path / "diffusion_nb_book", "https://github.com/diffusion-nb/diffusion_nb"
+    want = ["git", "clone", "-q", "--depth", "1"], repository, ["-m", "pip", "install"], "-e", there
+    assert run.stdout.split("\n")[0] == " ".join(map(str, want)), run.stderr

@@ -40,7 +40,8 @@ def run_it(root: Path, stem: str) -> str:
     project = repository(root).removeprefix("https://github.com/")
     colab = f"https://colab.research.google.com/github/{project}/blob/main/nbs/{stem}.ipynb"
     binder = f"https://mybinder.org/v2/gh/{project}/main?labpath=nbs/{stem}.ipynb"
-    links = f'<a href="{colab}">Colab</a> · <a href="{binder}">Binder</a> · <a href="running.html">locally</a>'
+    source = f"{repository(root)}/blob/main/nbs/{stem}.ipynb"
+    links = f'<a href="{colab}">Colab</a> · <a href="{binder}">Binder</a> · <a href="running.html">locally</a> · <a href="{source}">source</a>'
     return f'<p class="run-it">Run it: {links}</p>'
 
 
@@ -61,7 +62,7 @@ def notebook(root: Path, stem: str) -> nbformat.NotebookNode:
     "The notebook as it is shown: no machinery; what goes into the library is tagged."
     nb = nbformat.read(root / f"nbs/{stem}.ipynb", as_version=4)
     nb.metadata = {"kernelspec": nb.metadata.kernelspec, "language_info": {"name": "python"}}
-    nb.cells = [cell for cell in nb.cells if not cell.source.startswith("#| default_exp")]
+    nb.cells = [cell for cell in nb.cells if "remove-cell" not in cell.metadata.get("tags", []) and not cell.source.startswith("#| default_exp")]  # fmt: skip
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = links(root, cell.source)
@@ -165,18 +166,21 @@ def signature(lines: list[str], node) -> list[str]:
     return head
 
 
-def entries(lines: list[str], parent, name: str, rows: Ledger) -> Iterator[str]:
-    "The Markdown of each public function and class in a module, or of each documented method of a class."
+def entries(lines: list[str], parent, name: str, rows: Ledger, file: str) -> Iterator[str]:
+    "The Markdown of each public function and class in a module, or of each documented method of a class; docs/conf.py enters them into objects.inv and the search."
     for node in parent.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
             full, docstring = f"{name}.{node.name}", ast.get_docstring(node) or ""
             if docstring or isinstance(parent, ast.Module):
                 level = "##" if isinstance(parent, ast.Module) else "###"
                 code = textwrap.dedent("\n".join(signature(lines, node)))
-                text = raw(f'<div id="{full}">{prose(docstring, rows)}</div>')
-                yield f"{level} {node.name}\n\n```python\n{code}\n```\n\n{text}"
+                kind = "class" if isinstance(node, ast.ClassDef) else "function" if level == "##" else "method"
+                source = f'<a class="source" href="{file}#L{node.lineno}">source</a>'
+                text = raw(f'<div id="{full}" class="py-{kind}">{source}{prose(docstring, rows)}</div>')
+                index = f"```{{index}} single: {node.name} ({name.removeprefix('diffusion_nb.')})\n```"
+                yield f"{level} {node.name}\n\n{index}\n\n```python\n{code}\n```\n\n{text}"
             if isinstance(node, ast.ClassDef):
-                yield from entries(lines, node, full, rows)
+                yield from entries(lines, node, full, rows, file)
 
 
 def library(root: Path) -> dict[str, tuple[str, str]]:
@@ -190,10 +194,12 @@ def library(root: Path) -> dict[str, tuple[str, str]]:
     return dict(sorted(found.items(), key=lambda item: (not item[1][0], item[1][0], item[0])))
 
 
-def api_page(name: str, stem: str, heading: str, source: str, rows: Ledger) -> str:
+def api_page(root: Path, name: str, stem: str, heading: str, source: str, rows: Ledger) -> str:
     origin = f"comes from [{heading}](../{stem}.ipynb)" if stem else "is written by hand"
     top = f"# {name}\n\n{ast.get_docstring(ast.parse(source)) or ''}\n\n`diffusion_nb.{name}` {origin}.\n\n"
-    return top + "\n\n".join(entries(source.splitlines(), ast.parse(source), f"diffusion_nb.{name}", rows)) + "\n"
+    file = f"{repository(root)}/blob/main/diffusion_nb/{name.replace('.', '/')}.py"
+    found = entries(source.splitlines(), ast.parse(source), f"diffusion_nb.{name}", rows, file)
+    return top + "\n\n".join(found) + "\n"
 
 
 # the pages
@@ -215,7 +221,7 @@ def prepare(root: Path, src: Path) -> None:
         key=lambda s: (s not in read, read.index(s) if s in read else s),
     )
     more = [stem for stem in book if stem not in (*numbered, "index", "ledger")]
-    toctrees = [contents("The book", numbered), contents("Beside it", ["guide", "ledger", "parity", *more, "running", "CONTRIBUTING"]),
+    toctrees = [contents("The book", numbered), contents("Beside it", ["guide", "ledger", "parity", *more, "running", "CONTRIBUTING", "Index of names <genindex>"]),
                 contents("The library", [f"api/{name}" for name in modules])]  # fmt: skip
     book["index"].cells.append(nbformat.v4.new_markdown_cell("\n".join(toctrees)))
     book["ledger"].cells.insert(1, nbformat.v4.new_markdown_cell(ledger_parts(root, rows, list(modules))))
@@ -224,7 +230,7 @@ def prepare(root: Path, src: Path) -> None:
     (src / "api").mkdir()
     for name, (stem, source) in modules.items():
         (src / f"api/{name}.md").write_text(
-            api_page(name, stem, title(book[stem]) if stem else "", source, rows), encoding="utf-8"
+            api_page(root, name, stem, title(book[stem]) if stem else "", source, rows), encoding="utf-8"
         )
 
 

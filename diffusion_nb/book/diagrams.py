@@ -27,7 +27,8 @@ def canvas(width: float, height: float, scale: float = 1.0) -> Axes:
 
 def pale(colour: str) -> tuple[float, float, float]:
     "The colour mixed with four parts of white."
-    return tuple(0.8 + 0.2 * c for c in to_rgb(colour))
+    r, g, b = (0.8 + 0.2 * c for c in to_rgb(colour))
+    return r, g, b
 
 
 def box(ax: Axes, at: Point, text: str, width: float = 1.6, height: float = 0.7, colour: str = SKY, size: float = 10) -> Point:  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nbdev.config import get_config
 
-begun = set()
+begun: set[str] = set()
 
 
 def first_lines(module: str) -> str:

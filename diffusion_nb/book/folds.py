@@ -28,10 +28,10 @@ def folds(cells: list) -> list[Fold]:
     heads = [i for i, cell in enumerate(cells) if headings(cell)]
     found = []
     for i, after in zip(heads, [*heads[1:], len(cells)], strict=True):
-        if odd := next(filter(FOLDED.match, headings(cells[i])), None):
-            if len(headings(cells[i])) > 1 or not cells[i]["source"].startswith(odd):
-                raise ValueError(f"{odd!r}: a folded section begins with a cell of its own, which holds no other heading")  # fmt: skip
-            found.append(Fold(i, after - 1, FOLDED.match(odd)[2].strip()))
+        if odd := next(filter(None, map(FOLDED.match, headings(cells[i]))), None):
+            if len(headings(cells[i])) > 1 or not cells[i]["source"].startswith(odd.string):
+                raise ValueError(f"{odd.string!r}: a folded section begins with a cell of its own, which holds no other heading")  # fmt: skip
+            found.append(Fold(i, after - 1, odd[2].strip()))
     return found
 
 

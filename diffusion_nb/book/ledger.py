@@ -83,7 +83,7 @@ def cites(text: str, id: str) -> bool:
     return bool(re.search(rf"(?<![\w/-])(?:{names})(?![\w-]|/[A-Z]?\d|\.\.\d)", text))
 
 
-def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+def docstrings(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:
     "(dotted name, docstring) of the public functions, classes and methods below `node`."
     for child in node.body:
         if isinstance(child, ast.FunctionDef | ast.ClassDef) and not child.name.startswith("_"):

@@ -12,7 +12,7 @@ NO_ALT = re.compile(r'alt="No description has been provided for this image"')  #
 def words_of(node: ast.expr) -> str:
     "A string of the source; what an f-string fills in is left out."
     if isinstance(node, ast.JoinedStr):
-        return "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+        return "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
@@ -29,7 +29,8 @@ def titles(source: str) -> Iterator[str]:
 def alt_text(source: str, section: str) -> str:
     "What a picture shows, from the code that draws it; where that gives it no title, the section that it stands in."
     found = dict.fromkeys(" ".join(title.split()) for title in titles(source) if re.search(r"\w", title))
-    return " · ".join(found) if found else f"picture of the section “{section}”"
+    said = len(re.findall(r"\w", " ".join(found))) >= 8  # more than a word or two
+    return " · ".join([*found, *([] if said else [f"picture of the section “{section}”"])])
 
 
 def alt_texts(cells: list) -> Iterator[tuple[dict, str]]:

@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from html import escape
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from diffusion_nb.book.folds import TEMPLATE, mark_folds
 from diffusion_nb.book.pictures import with_alt_texts
@@ -90,7 +91,8 @@ class Kernels:
     "The kernels that are running, so that Ctrl-C can stop them all; and the lines of the screen that they may write to."
 
     def __init__(self, jobs: int):
-        self.clients, self.lines, self.stopped = set(), list(range(jobs)), False
+        self.clients: set[Any] = set()
+        self.lines, self.stopped = list(range(jobs)), False
         self.lock = threading.Lock()
 
     def check(self, **_) -> None:
@@ -166,7 +168,8 @@ def run_book(paths: list[Path], record: Record, jobs: int) -> dict[str, str | No
     Runs `jobs` of them at a time, each in a kernel of its own. The index is there from the first second; pages are linked as
     they are finished. Ctrl-C stops all kernels and keeps what has finished.
     """
-    todo, kernels, running = in_order(paths, record.seconds, jobs), Kernels(jobs), {}
+    todo, kernels = in_order(paths, record.seconds, jobs), Kernels(jobs)
+    running: dict[Future, Path] = {}
     for path in todo:
         record.problems.pop(path.stem, None)
     record.write()
@@ -205,7 +208,7 @@ def web_page(nb) -> str:
         return convert(match[1] or match[2], display="block" if match[1] else "inline")
 
     nb = copy.deepcopy(nb)
-    nb.cells = [c for c in nb.cells if not c.source.startswith("#| default_exp")]
+    nb.cells = [c for c in nb.cells if "remove-cell" not in c.metadata.get("tags", []) and not c.source.startswith("#| default_exp")]  # fmt: skip
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\$\$(.+?)\$\$|\$([^$]+?)\$", formula, cell.source, flags=re.DOTALL)

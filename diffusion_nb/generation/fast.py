@@ -1,8 +1,10 @@
 """Denoisers that run compiled and in bfloat16."""
 
 import copy
+from collections.abc import Callable
 from itertools import chain
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ def in_dtype(net: nn.Module, dtype: torch.dtype) -> nn.Module:
     return net
 
 
-def own_code(method: MethodType) -> MethodType:
+def own_code(method: Any) -> MethodType:
     "The method with a code object of its own: torch.compile counts recompilations by code object, and gives up on one after eight."
     f = method.__func__
     return MethodType(
@@ -65,7 +67,8 @@ class CompiledDenoiser(Denoiser):
             in_dtype(m.net, torch.bfloat16)
         if self.on_gpu:
             self.denoiser.to(memory_format=torch.channels_last)
-        self.compiled, self._call = self.on_gpu if compile is None else compile, self._guess
+        self.compiled = self.on_gpu if compile is None else compile
+        self._call: Callable = self._guess
         if self.compiled:
             graphs = {"mode": "reduce-overhead"} if self.on_gpu else {}
             self._call = torch.compile(own_code(self._guess), dynamic=False, **graphs | options)

@@ -1,6 +1,7 @@
 """Files that a finished set of samples can be written as."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def write_npz(path: Path, found: dict[str, Tensor]) -> None:
     }
 
     with open(path, "wb") as f:
-        np.savez(f, **arrays)
+        np.savez(f, **arrays)  # type: ignore[arg-type]  # its stubs take every keyword for the first one
 
 
 def write_folder(path: Path, found: dict[str, Tensor]) -> None:
@@ -35,4 +36,8 @@ def write_folder(path: Path, found: dict[str, Tensor]) -> None:
         (path / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
 
 
-FORMS = {"": write_folder, ".npz": write_npz, ".safetensors": partial(save_tensors, about={})}
+FORMS: dict[str, Callable[[Path, dict[str, Tensor]], None]] = {
+    "": write_folder,
+    ".npz": write_npz,
+    ".safetensors": partial(save_tensors, about={}),
+}

@@ -25,7 +25,7 @@ def draw(denoiser: Denoiser, sampler: Callable, ts: Float[Tensor, " n+1"], seeds
          cond: dict[str, Tensor]) -> Float[Tensor, "b *shape"]:  # fmt: skip
     "One picture a seed: sampler(denoiser, sigma(ts[0]) noise(0), ts, noise=noise, **cond), on the denoiser's device."
     device = device_of(denoiser)
-    noise = Noise(seeds, tuple(shape), device)
+    noise = Noise(seeds, tuple(shape), device)  # type: ignore[arg-type]  # a tensor is one, too
     _, sigma = denoiser.schedule(ts[0].to(device))
     x = noise(0)
     return sampler(
@@ -52,7 +52,7 @@ def share_of(rank: int | None, world: int | None) -> tuple[int, int, bool]:
     "(rank, world, whether they are those of torch.distributed). Raises ValueError where one is given without the other."
     if (rank is None) != (world is None):
         raise ValueError(f"rank, world: expected both or neither; got rank = {rank} and world = {world}")
-    if rank is not None:
+    if rank is not None and world is not None:
         return rank, world, False
     team = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size(), True) if team else (0, 1, False)
@@ -141,10 +141,10 @@ def generate(out: Path | str, denoiser: Denoiser, sampler: Callable, ts: Float[T
                 print(f"{out.name}: all {n} pictures are there already")
             else:
                 share = -(-n // world)
-                chunk = begin(parts, chunk, lambda: fitting_chunk(denoiser, sampler, ts, shape, told, share))
+                size = begin(parts, chunk, lambda: fitting_chunk(denoiser, sampler, ts, shape, told, share))
                 safe = parts.there()
         if not done:
-            for new, i in missing(n, safe, chunk, rank, world):
+            for new, i in missing(n, safe, size, rank, world):
                 x = draw(denoiser, sampler, ts, i + first, shape, rows := told(i))
                 check_pictures(x, i + first, shape)
                 x = decoded(decode, x) if decode else x

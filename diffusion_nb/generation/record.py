@@ -8,6 +8,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from diffusion_nb.denoisers import Denoiser
 from diffusion_nb.util.storage import checksum, write_atomically
 
 
-def digest(tensors: dict[str, Tensor], about: object = None) -> str:
+def digest(tensors: dict[str, Tensor], about: Any = None) -> str:
     "The first 16 digits of `core.checksum`."
     return checksum(tensors, about)[:16]
 
@@ -39,11 +40,11 @@ def described(value, depth: int = 6) -> str:
         inside = value.func, *value.args, *sorted(value.keywords.items())
         return " ".join(described(v, depth - 1) for v in inside)
     if isinstance(value, tuple | list | dict):
-        inside = value.items() if isinstance(value, dict) else value
-        return f"({', '.join(described(v, depth - 1) for v in inside)})"
+        items = list(value.items()) if isinstance(value, dict) else list(value)
+        return f"({', '.join(described(v, depth - 1) for v in items)})"
     if isinstance(value, FunctionType) and "<" in value.__qualname__:  # a lambda, or a function made by another
-        held = [c.cell_contents for c in value.__closure__ or ()]
-        held = held, value.__defaults__, value.__kwdefaults__
+        closure = [c.cell_contents for c in value.__closure__ or ()]
+        held = closure, value.__defaults__, value.__kwdefaults__
         return f"{value.__qualname__} {digest({}, code_of(value.__code__))} {described(held, depth - 1)}"
     if isinstance(value, MethodType):
         return f"{value.__func__.__qualname__} of {described(value.__self__, depth - 1)}"
@@ -90,7 +91,7 @@ def conditions(cond: Callable | dict[str, Tensor], n: int, first: int) -> Callab
     return told
 
 
-def record(denoiser: Denoiser, sampler: Callable, ts: Tensor, n: int, shape: Sequence[int], cond: Callable | dict, first: int) -> dict:  # fmt: skip
+def record(denoiser: Denoiser, sampler: Callable | tuple[Callable, ...], ts: Tensor, n: int, shape: Sequence[int], cond: Callable | dict, first: int) -> dict:  # fmt: skip
     "What is being generated: equal for two calls that draw the same pictures. Of a `cond` that is a function, 16 values are looked at."
     seeds = torch.arange(n) if isinstance(cond, dict) else torch.linspace(0, n - 1, min(n, 16)).long()
     return dict(n=n, first=first, shape=list(shape), sampler=described(sampler), steps=len(ts) - 1, times=digest({"": ts.double()}),

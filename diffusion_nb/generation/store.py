@@ -17,6 +17,13 @@ from diffusion_nb.generation.record import check_record, digest, file_hash, read
 from diffusion_nb.util.storage import load_tensors, save_tensors
 
 PART = re.compile(r"(\d{12})-(\d+)\.safetensors")  # first seed and number of pictures
+
+
+def pictures_in(part: Path) -> int:
+    "How many pictures a part holds, by its name."
+    return int(part.stem.partition("-")[2])
+
+
 OURS = re.compile(
     r"\d{12}-\d+\.safetensors(\.\d+\.tmp)?|record\.json(\.\d+\.tmp)?|result(\.npz|\.safetensors)(\.\d+\.tmp)?|\d{6,}\.png|labels\.json"
 )
@@ -79,13 +86,14 @@ class ChunkStore:
                 continue
             i = part["seeds"] - self.first
             safe[i] = True
-            for name, v in part.items() if into is not None else ():
-                into.setdefault(name, v.new_empty(self.n, *v.shape[1:]))[i] = v
+            if into is not None:
+                for name, v in part.items():
+                    into.setdefault(name, v.new_empty(self.n, *v.shape[1:]))[i] = v
         return safe
 
     def said(self) -> str:
         "How many pictures are safe, by the names of the files."
-        count = sum(int(PART.fullmatch(p.name)[2]) for p in self.files())
+        count = sum(map(pictures_in, self.files()))
         return f"{count} of {self.n} pictures are safe in {self.folder}; the same call goes on from there"
 
 
@@ -104,7 +112,7 @@ def finished(parts: ChunkStore) -> bool:
 def record_of_chunks(parts: ChunkStore) -> dict | None:
     "The record of the finished chunks, None where there is none. A damaged one is written anew if the chunks are of this run, for each says of which it is."
     here = read_record(parts.begun)
-    sizes = [int(PART.fullmatch(p.name)[2]) for p in parts.files() if parts.read(p)] if here == {} else []
+    sizes = [pictures_in(p) for p in parts.files() if parts.read(p)] if here == {} else []
     if not sizes:
         return here
     warnings.warn(f"{parts.begun} is damaged; the pictures beside it are of this run, which goes on", stacklevel=3)
@@ -171,7 +179,8 @@ def put_in_place(draft: Path, out: Path, sha256: str) -> None:
 
 def merge(parts: ChunkStore) -> bool:
     "Put the parts together if all are there, and delete them; says how many there are, if not."
-    out, found = parts.out, {}
+    out = parts.out
+    found: dict[str, Tensor] = {}
     if not (safe := parts.there(found)).all():
         print(f"{out.name}: {int(safe.sum())} of {parts.n} pictures are there; the others are another process's share, or the same call makes them")  # fmt: skip
         return False

@@ -166,7 +166,7 @@ def check_batch(x: Tensor, t: Tensor, **others: Tensor) -> None:
         raise ValueError(f"t: expected one time, or one for each of {len(x)} pictures; got shape {tuple(times)}")
 
 
-def check_eval(denoiser: nn.Module) -> None:
+def check_eval(denoiser: nn.Module | None) -> None:
     "Raise ValueError where dropout is on or BatchNorm looks at the batch: no sample could be drawn twice."
     for name, m in denoiser.named_modules() if isinstance(denoiser, nn.Module) else ():
         is_on = (

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,7 +49,8 @@ def matrix_peak(device=None, dtype: torch.dtype = torch.float32, n: int = 0, sec
     made = torch.Generator().manual_seed(0)  # the global one is left alone
     a, b = (torch.randn(n, n, generator=made).to(device, dtype) for _ in range(2))
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         wait()
         start = time.perf_counter()
@@ -82,7 +84,8 @@ OWN = ("__torch_dispatch__", "__torch_function__", "note")
 
 def caller() -> str | None:
     "The line at work, 'function, file:line', outside PyTorch and this counter; None in a check that is skipped on a GPU."
-    frame, place, torch_home = sys._getframe(2), None, str(Path(torch.__file__).parent)
+    frame: FrameType | None = sys._getframe(2)
+    place, torch_home = None, str(Path(torch.__file__).parent)
     while frame:
         name, file = frame.f_code.co_name, frame.f_code.co_filename
         if frame.f_code is GUARDED:

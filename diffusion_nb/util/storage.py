@@ -46,7 +46,7 @@ def downloads() -> Path:
     return Path(os.environ.get("DIFFUSION_NB_DATA") or (checkout() or user_folder()) / "data")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     "Let `write` fill a temporary file beside `path`, flush it to disk, then rename it: readers see all of it or nothing."
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -79,7 +79,7 @@ def checksum(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, v in sorted(tensors.items()):
         digest.update(f"{name} {v.dtype} {tuple(v.shape)}".encode())
-        digest.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
