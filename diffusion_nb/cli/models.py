@@ -131,7 +131,7 @@ def null_of(model):
     "What stands for any label or any caption, in the model's own terms; None where it knows neither."
     if reads_captions(model):
         return reader_of(model).null
-    return model.about.recipe.classes or None
+    return getattr(model.about.recipe, "classes", 0) or None
 
 
 def hint_of(model, n: int, path: str | None) -> dict:

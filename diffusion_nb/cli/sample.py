@@ -30,7 +30,7 @@ class Sample:
     large: str | None = None
     "Enlarge what is drawn to twice its size by this stage: emoji-upsampler, or a folder that train --upsampler wrote."
     guidance: float | None = None
-    "Classifier-free guidance, the weight w in (w+1) with - w without label; if not given, 2 for emoji, else 0."
+    "Classifier-free guidance, the weight w in (w+1) with - w without label; if not given, 2 for emoji, 1 for emoji-unclip, else 0."
     batch: int = 0
     "Pictures at a time, which does not change them; 0: as many as fit."
     sampler: str | None = None
@@ -130,8 +130,9 @@ def check_sample(args: Sample, model) -> None:
 
 
 def weight_of(args: Sample, model) -> float:
-    "The guidance weight that was asked for, or else 2 for captions, which need it, and 0 for labels."
-    return args.guidance if args.guidance is not None else 2.0 * reads_captions(model)
+    "The guidance weight that was asked for, or else 2 for captions, which need it, 1 for unCLIP's vectors, and 0 for labels."
+    usual = 1.0 if model.about.family == "unclip" else 2.0 * reads_captions(model)
+    return usual if args.guidance is None else args.guidance
 
 
 def default_walk(model) -> tuple[str, int]:
