@@ -11,9 +11,11 @@ from diffusion_nb.cli import sample as cli_sample
 from diffusion_nb.cli import systems, tasks
 from diffusion_nb.cli.main import main
 from diffusion_nb.cli.models import load_model
+from diffusion_nb.cli.stages import in_stages
+from diffusion_nb.cli.texts import written
 from diffusion_nb.codecs import fit_codec
 from diffusion_nb.data import digits
-from diffusion_nb.denoisers import Clip
+from diffusion_nb.denoisers import Clip, NetDenoiser, predict_v
 from diffusion_nb.experiments import clip as lab
 from diffusion_nb.experiments.cascade import emoji_upsampler, enlarge_emoji
 from diffusion_nb.experiments.cold import cold_mnist, draw_cold
@@ -21,11 +23,14 @@ from diffusion_nb.experiments.words import as_tokens, as_words, draw_words, word
 from diffusion_nb.generation.generate import draw, generate
 from diffusion_nb.grids import even_logsnr_grid
 from diffusion_nb.models.model import About, Model
+from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
+from diffusion_nb.recipes.cascade import UpsamplerRecipe, upsampler_denoiser
 from diffusion_nb.recipes.cold import ColdModel, ColdRecipe, grey_levels
 from diffusion_nb.recipes.text import TextRecipe, fill_holes
 from diffusion_nb.recipes.unclip import UnclipNets, unclip_model
 from diffusion_nb.samplers.linear import dpmpp_2m
+from diffusion_nb.schedules import CosineSchedule
 
 CPU = ["--device", "cpu"]
 SHORT = ["--steps", "3", "--batch", "8", *CPU]
@@ -321,3 +326,26 @@ def test_texts_and_their_numbers():
 def test_a_recipe_like_another():
     made = systems.like(TextRecipe, TextRecipe(width=8, length=2), length=7)
     assert (made.width, made.length) == (8, 7)
+
+
+def test_each_text_has_its_seed():
+    r = TextRecipe(letters="ab", length=4, width=8, heads=2, depth=1)
+    net = r.fresh().eval()
+    whole = written(net, r, ["____", "a__b", "____", "a__b"], 10, None)
+    assert [written(net, r, [w], 10 + i, None)[0] for i, w in enumerate(["____", "a__b", "____", "a__b"])] == whole
+
+
+def test_in_two_stages_by_hand():
+    "With a stage that only looks: the small pictures are those of the sampler alone, and are noised to the time that is said."
+    torch.manual_seed(0)
+    seen, stage = {}, upsampler_denoiser(UpsamplerRecipe(width=8, mults=(1,), patch=1), 1).eval()
+    first = NetDenoiser(UNet(1, 8, (1,), 1, ()), CosineSchedule(), predict_v).eval()
+    torch.nn.init.normal_(first.net.head[-1].weight)
+    stage.net.register_forward_pre_hook(lambda net, args, kw: seen.update(kw), with_kwargs=True)
+    noise, ts = Noise([3, 4], (1, 8, 8)), even_logsnr_grid(first.schedule, 3)
+    x = in_stages(first, noise(0), ts, noise=noise, sampler=dpmpp_2m, stage=stage, s=0.1, calls=2)
+    low = draw(first, dpmpp_2m, ts, torch.tensor([3, 4]), (1, 4, 4), {})
+    alpha, sigma = (v.float() for v in stage.schedule(torch.tensor(0.1)))
+    given = alpha * low + sigma * Noise([3, 4], (1, 4, 4))(2**20)
+    assert torch.allclose(seen["low"], given, atol=1e-5) and torch.allclose(seen["s"], torch.tensor([0.1, 0.1]))
+    assert torch.allclose(torch.nn.functional.avg_pool2d(x, 2), low, atol=1e-4)
