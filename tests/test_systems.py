@@ -265,6 +265,7 @@ def test_a_restorer_is_trained_kept_and_draws(tmp_path):
     assert main(["sample", "--model", model, "--n", "2", "--steps", "3", "--out", str(tmp_path / "x"), *CPU]) == 0
     found = load_file(tmp_path / "x/samples.safetensors")
     assert found["pictures"].shape == (2, 1, 8, 8) and found["labels"].tolist() == [0, 1]
+    assert main(["sample", "--model", model, "--n", "1", "--steps", "1", "--out", str(tmp_path / "y"), *CPU]) == 0
 
 
 def test_grey_levels_without_classes():

@@ -79,5 +79,7 @@ def cold_sample(model: ColdModel, x: Float[Tensor, "b c h w"], ts: Float[Tensor,
     cond = {} if y is None else {"y": y}
     one = torch.ones((), device=x.device)
     told = callback and (lambda i, x, guess: callback(i, x, Prediction(x, one, 0 * one, guess)))
-    x = ancestral(model.corruption, model, model.start(noise, y) + x, ts[:-1], noise=noise, callback=told, **cond)
+    x = model.start(noise, y) + x
+    if len(ts) > 2:
+        x = ancestral(model.corruption, model, x, ts[:-1], noise=noise, callback=told, **cond)
     return model(x, ts[-2], **cond)

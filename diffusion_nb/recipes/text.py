@@ -80,7 +80,7 @@ def fill_holes(r: TextRecipe, net: TextNet, x: Int[Tensor, "n L"], seeds: Int[Te
     holes = (x == mask).sum(1).unique().tolist()
     if len(holes) != 1:
         raise ValueError(f"x: expected as many masks in each text; got {', '.join(map(str, holes))}")
-    m, noise = holes[0], Noise(seeds, (r.length,))
+    m, noise = holes[0], Noise(seeds, (r.length,), x.device)
     guess = TokenGuess(net, mask)
     if steps is None or steps >= m:
         return ancestral(MaskTokens(mask), guess, x, torch.arange(m, -1, -1) / r.length, one_change, noise=noise) if m else x  # fmt: skip
