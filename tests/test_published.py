@@ -560,3 +560,15 @@ def test_taef2_gives_photographs_back():
     z = net.encode(x)
     error = (net.decode(z).clamp(-1, 1) - x).square().mean()
     assert abs(10 * torch.log10(4 / error) - 31.6) < 0.2 and abs(z.std() - 0.81) < 0.02
+
+
+@pytest.mark.skipif(not (HERE / "taef2_encoder.pth").exists(), reason=f"needs the published files in {HERE}")
+def test_taef2_gives_emoji_back_as_notebook_19_says():
+    from diffusion_nb.codecs import fit_codec
+    from diffusion_nb.emoji import emoji
+    from diffusion_nb.experiments.latent import psnr, there_and_back
+
+    data = emoji(64)
+    held = data.x[data.held_pictures]
+    codec = fit_codec(load_taef2(HERE), data.x[data.train][:500])
+    assert len(held) == 318 and abs(psnr(held, there_and_back(codec, held)) - 25.75) < 0.05

@@ -19,7 +19,8 @@ def device_name(device) -> str:
 
 
 def load_model(name: str):
-    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-codec or emoji-latent."
+    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-codec, emoji-latent, emoji-unclip, emoji-upsampler, cold-mnist or words."
+    from diffusion_nb.cli import systems
     from diffusion_nb.experiments.control import emoji_control_model
     from diffusion_nb.experiments.digits import digit_denoiser
     from diffusion_nb.experiments.emoji import emoji_model
@@ -44,6 +45,10 @@ def load_model(name: str):
         "emoji-latent": lambda: with_recipe(
             "latent", emoji_latent_model(), emoji_latent_shape(), emoji_codec_model()
         ),
+        "emoji-unclip": systems.unclip,
+        "emoji-upsampler": systems.upsampler,
+        "cold-mnist": systems.cold,
+        "words": systems.words,
     }
     if name not in own:
         return Model.load(name)
@@ -86,10 +91,25 @@ def label_of(label: str | None, about) -> int | None:
     raise ValueError(f"--label: this model knows {known if classes else 'no labels'}; got {label}")
 
 
-def condition_of(model, n: int, label: str | None, prompt: str | None) -> dict:
+def told(model, captions: list[str], first: int):
+    "What a model is given of these captions: the words, or with unCLIP a picture's vector for each, drawn with seed first + i."
+    if model.about.family == "unclip":
+        return model.denoiser.vectors(captions, range(first, first + len(captions)))
+    return reader_of(model).told(captions)
+
+
+def asked_in_turn(prompt: str, n: int, such_as: str) -> list[str]:
+    "What is asked for with semicolons in between, each in turn, n of them. Raises ValueError where there is nothing."
+    asked = [c for c in map(str.strip, prompt.split(";")) if c]
+    if not asked:
+        raise ValueError(f"--prompt: expected {such_as}; got none")
+    return [asked[i % len(asked)] for i in range(n)]
+
+
+def condition_of(model, n: int, label: str | None, prompt: str | None, first: int = 0) -> dict:
     """What each of n pictures is to show: the class or the captions asked for, else all classes, or a few captions, in turn.
 
-    prompt: captions, with a semicolon between them. Raises ValueError for what the model does not know.
+    prompt: captions, with a semicolon between them. first: the seed of the first picture. Raises ValueError for what the model does not know.
     """
     import torch
 
@@ -98,10 +118,8 @@ def condition_of(model, n: int, label: str | None, prompt: str | None) -> dict:
     if reads_captions(model):
         if label is not None:
             raise ValueError("--label: this model draws from captions; say what with --prompt")
-        captions = SOME_CAPTIONS if prompt is None else [c for c in map(str.strip, prompt.split(";")) if c]
-        if not captions:
-            raise ValueError("--prompt: expected a caption, such as 'red apple'; got none")
-        return {"y": reader_of(model).told([captions[i % len(captions)] for i in range(n)])}
+        asked = "; ".join(SOME_CAPTIONS) if prompt is None else prompt
+        return {"y": told(model, asked_in_turn(asked, n, "a caption, such as 'red apple'"), first)}
     if prompt is not None:
         raise ValueError("--prompt: this model draws from no captions; --model emoji does")
     classes, number = model.about.recipe.classes, label_of(label, model.about)
@@ -113,7 +131,7 @@ def null_of(model):
     "What stands for any label or any caption, in the model's own terms; None where it knows neither."
     if reads_captions(model):
         return reader_of(model).null
-    return model.about.recipe.classes or None
+    return getattr(model.about.recipe, "classes", 0) or None
 
 
 def hint_of(model, n: int, path: str | None) -> dict:

@@ -14,21 +14,23 @@ from diffusion_nb.cli.models import condition_of, device_name, hint_of, load_mod
 @dataclass
 class Sample:
     model: str = "digits"
-    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines or emoji-latent, which draws at 64×64."
+    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-latent, which draws at 64×64, emoji-unclip, cold-mnist, or words, which writes."
     n: Annotated[int, arg(aliases=["--pictures"])] = 64
     "How many pictures (torchrun takes --n for its own: say --pictures)."
     steps: int | None = None
-    "Steps of the sampler, if not 100, 20 for emoji, those of a student, or 1 for a consistency model."
+    "Steps of the sampler, if not 100, 20 for emoji, 24 for cold-mnist, those of a student, 1 for a consistency model, or one a letter for words."
     seed: int = 0
     "Picture i has seed SEED + i."
     label: str | None = None
     "Draw this class only, not all in turn: its number or, for cifar10 and fashion-mnist, its name, such as ship."
     prompt: str | None = None
-    "For emoji: draw this caption, such as 'red apple'; of several, with semicolons between them, each in turn."
+    "For emoji: draw this caption, such as 'red apple'; for words: fill these holes, such as s___e; of several, with semicolons between them, each in turn."
     hint: str | None = None
     "For emoji-outlines, and models of train --control: a picture, or a folder of pictures, whose dark lines (in colour) or bright strokes (grey) are to be followed."
+    large: str | None = None
+    "Enlarge what is drawn to twice its size by this stage: emoji-upsampler, or a folder that train --upsampler wrote."
     guidance: float | None = None
-    "Classifier-free guidance, the weight w in (w+1) with - w without label; if not given, 2 for emoji, else 0."
+    "Classifier-free guidance, the weight w in (w+1) with - w without label; if not given, 2 for emoji, 1 for emoji-unclip, else 0."
     batch: int = 0
     "Pictures at a time, which does not change them; 0: as many as fit."
     sampler: str | None = None
@@ -50,39 +52,51 @@ class Sample:
 
 
 def sample(args: Sample) -> int:
-    "Draw pictures with a trained model, a grid of them, and a record of how; goes on where an earlier run of the same command stopped."
+    "Draw pictures with a trained model, a grid of them, and a record of how; goes on where an earlier run of the same command stopped. Or write texts."
     import torch
 
-    from diffusion_nb.generation.generate import generate
+    from diffusion_nb.cli.texts import sample_texts
     from diffusion_nb.training.sharding import process_group
 
     out = Path(args.out or "runs/samples")
-    file = out / {"png": "pictures"}.get(args.format, f"samples.{args.format}")
     with process_group(cpu=args.device == "cpu") as team:
         device, model = torch.device(args.device) if args.device else team.device, load_model(args.model)
-        start = time.perf_counter()
         check_sample(args, model)
-        (sampler, ts), denoiser = walk_of(args, model), ready(args, model, device)
-        cond = condition_of(model, args.n, args.label, args.prompt) | hint_of(model, args.n, args.hint)
-        decode = model.codec.denoiser.to(device).decode if model.codec else None
-        generate(file, denoiser, sampler, ts, args.n, model.about.shape, cond=cond or None, decode=decode,
-                 first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
-        if team.rank == 0:
-            write_grid(file, out / "grid.png")
-            if args.film:
-                first = torch.arange(min(args.n, 16))
-                of_first = {name: v[first] for name, v in cond.items()}
-                write_film(
-                    denoiser, sampler, ts, first + args.seed, model.about.shape, of_first, out / "film.gif", decode
-                )
-            here = dict(
-                seconds=round(time.perf_counter() - start, 1), device=device_name(device), processes=team.world
-            )
-            write_how(args, model, len(ts) - 1, here, out / "run.json")
-            print(
-                f"{args.n} pictures: {file}, and {out}/grid.png and run.json{' and film.gif' if args.film else ''}"
-            )
+        if model.about.family != "text":
+            sample_pictures(args, model, device, team, out)
+        elif team.rank == 0:
+            sample_texts(args, model, device, out)
     return 0
+
+
+def sample_pictures(args: Sample, model, device, team, out: Path) -> None:
+    "Draw pictures into a file, a grid of them, a film if it was asked for, and a record of how."
+    import torch
+
+    from diffusion_nb.cli.stages import enlarging, in_two
+    from diffusion_nb.generation.generate import generate
+
+    start, shape = time.perf_counter(), model.about.shape
+    file = out / {"png": "pictures"}.get(args.format, f"samples.{args.format}")
+    sampler, ts = walk_of(args, model)
+    if args.large:
+        stage, (channels, height, width) = enlarging(model, args.large).to(device), shape
+        sampler, shape = in_two(sampler, stage), (channels, 2 * height, 2 * width)
+    cond = condition_of(model, args.n, args.label, args.prompt, args.seed) | hint_of(model, args.n, args.hint)
+    denoiser, decode = ready(args, model, device), model.codec.denoiser.to(device).decode if model.codec else None
+    generate(file, denoiser, sampler, ts, args.n, shape, cond=cond or None, decode=decode,
+             first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
+    if team.rank == 0:
+        write_grid(file, out / "grid.png")
+        if args.film:
+            first = torch.arange(min(args.n, 16))
+            of_first = {name: v[first] for name, v in cond.items()}
+            write_film(denoiser, sampler, ts, first + args.seed, shape, of_first, out / "film.gif", decode)
+        here = dict(
+            seconds=round(time.perf_counter() - start, 1), device=device_name(device), processes=team.world
+        )
+        write_how(args, model, len(ts) - 1, here, out / "run.json")
+        print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json{' and film.gif' if args.film else ''}")
 
 
 def write_how(args: Sample, model, steps: int, here: dict, file: Path) -> None:
@@ -101,6 +115,12 @@ def check_sample(args: Sample, model) -> None:
         raise ValueError(
             f"--model: a codec draws nothing by itself; train --latent {args.model} makes a model of its latents"
         )
+    if model.about.family == "upsampler":
+        raise ValueError(f"--model: {args.model} enlarges what another model draws; say --large {args.model}")
+    if args.film and args.large:
+        raise ValueError(
+            "--film: not with --large; the film of the same seeds without it shows the small pictures"
+        )
     if weight_of(args, model) and null_of(model) is None:
         raise ValueError("--guidance: this model knows no labels to be guided to")
     if args.n < 1 or args.batch < 0 or (args.steps is not None and args.steps < 1):
@@ -110,8 +130,9 @@ def check_sample(args: Sample, model) -> None:
 
 
 def weight_of(args: Sample, model) -> float:
-    "The guidance weight that was asked for, or else 2 for captions, which need it, and 0 for labels."
-    return args.guidance if args.guidance is not None else 2.0 * reads_captions(model)
+    "The guidance weight that was asked for, or else 2 for captions, which need it, 1 for unCLIP's vectors, and 0 for labels."
+    usual = 1.0 if model.about.family == "unclip" else 2.0 * reads_captions(model)
+    return usual if args.guidance is None else args.guidance
 
 
 def default_walk(model) -> tuple[str, int]:
@@ -119,9 +140,13 @@ def default_walk(model) -> tuple[str, int]:
     steps = {
         "student": ("ddim", model.about.steps),
         "consistency": ("consistency", 1),
+        "cold": ("cold", 24),
     }
     few = reads_captions(model) or model.codec is not None
     return steps.get(model.about.family, ("dpmpp_2m", 20) if few else ("ddpm", 100))
+
+
+ALONE = "consistency", "cold"  # families that draw in a way of their own, by the sampler of the same name
 
 
 def walk_of(args: Sample, model):
@@ -133,10 +158,11 @@ def walk_of(args: Sample, model):
     name, steps = args.sampler or name, args.steps or steps
     if name not in SAMPLERS:
         raise ValueError(f"--sampler: expected one of {', '.join(SAMPLERS)}; got {name}")
-    if (name == "consistency") != (model.about.family == "consistency"):
-        raise ValueError(
-            f"--sampler {name}: a consistency model draws with the sampler consistency, and no other model does"
-        )
+    for own in ALONE:
+        if (name == own) != (model.about.family == own):
+            raise ValueError(
+                f"--sampler {name}: a {own} model draws with the sampler {own}, and no other model does"
+            )
     if args.film and name == "consistency":
         raise ValueError("--film: a consistency model maps noise to pictures at once; there is no walk to show")
     if args.variance and name != "ddpm":
@@ -154,9 +180,9 @@ def ready(args: Sample, model, device):
     from diffusion_nb.guidance import CFG
 
     denoiser = model.denoiser.to(device)
-    if model.about.family == "consistency":
+    if model.about.family in ALONE:
         if args.guidance or args.bf16:
-            raise ValueError("--guidance, --bf16: not for a consistency model")
+            raise ValueError(f"--guidance, --bf16: not for a {model.about.family} model")
         return denoiser
     w = weight_of(args, model)
     guided = CFG(denoiser, w, null_of(model)) if w else denoiser
@@ -246,9 +272,11 @@ def bits(args: BitsOptions) -> int:
         raise ValueError("expected --n and --steps of at least 2, --batch of at least 1, --end from 0 to below 1")
     device = torch.device(args.device) if args.device else default_device()
     loaded, start = load_model(args.model), time.perf_counter()
-    if loaded.about.family == "consistency":
-        raise ValueError("--model: a consistency model is no denoiser of a chain, and has no bound on its bits")
-    if reads_captions(loaded) or loaded.about.family in ("control", "codec", "latent"):
+    if loaded.about.family in ALONE:
+        raise ValueError(
+            f"--model: a {loaded.about.family} model is no denoiser of a chain, and has no bound on its bits"
+        )
+    if reads_captions(loaded) or loaded.about.family in ("control", "codec", "latent", "upsampler", "text"):
         raise ValueError(
             "--model: bits are of models of labelled pictures; one of captions, of latents, or with a control has none here"
         )

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffusion_nb.experiments.cold import blur_times
 from diffusion_nb.grids import even_logsnr_grid, sigma_grid, time_grid
+from diffusion_nb.recipes.cold import cold_sample
 from diffusion_nb.samplers.consistency import consistency_sample
 from diffusion_nb.samplers.heun import heun
 from diffusion_nb.samplers.linear import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde
@@ -32,6 +34,11 @@ def noise_levels(schedule, n: int) -> Tensor:
     )
 
 
+def blur_grid(schedule, n: int) -> Tensor:
+    "n times between which the width of a blur shrinks by the same factor, then 0."
+    return torch.cat([blur_times(schedule, n), torch.zeros(1, dtype=torch.float64)])
+
+
 SAMPLERS: dict[str, tuple[Callable, Callable]] = {
     "ddpm": (ddpm, even),
     "ddim": (ddim, even),
@@ -44,4 +51,5 @@ SAMPLERS: dict[str, tuple[Callable, Callable]] = {
     "reverse_sde": (reverse_sde, from_data),
     "predictor_corrector": (predictor_corrector, from_data),
     "consistency": (consistency_sample, noise_levels),
+    "cold": (cold_sample, blur_grid),
 }

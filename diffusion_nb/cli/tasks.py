@@ -60,13 +60,15 @@ def asked_pictures(args) -> Asked:
     from diffusion_nb.training.folder import PictureFolder, PictureTable, read_hub, read_npz
 
     path, hub = Path(args.data), args.data.removeprefix("hf:") if args.data.startswith("hf:") else None
-    named = args.data in {d.name for d in DATA_SETS} | {"emoji"}
+    named = args.data in {d.name for d in DATA_SETS} | {"emoji", "words"}
     if named and path.exists():
         raise ValueError(
             f"{args.data} is a data set, and also a file or folder here: say ./{args.data} for the latter"
         )
     if args.data == "emoji":
         return asked_emoji(args.size or 32)
+    if args.data == "words" or path.suffix == ".txt":
+        return asked_texts(args.data)
     resized = path.is_dir() or hub is not None
     if bool(args.size) != resized:
         raise ValueError("--size: say to how many pixels the pictures of a folder, or of hf:NAME, are resized, such as --size 32" if resized else
@@ -94,6 +96,22 @@ def asked_emoji(size: int) -> Asked:
     return Asked(x, None, captions, None, (3, size, size), 256)
 
 
+def asked_texts(name: str) -> Asked:
+    "The lines of a file, or the common words of notebook 26 without those that are held out. Raises ValueError where there are no texts, or a letter is the sign for a mask."
+    from diffusion_nb.experiments.words import word_list
+    from diffusion_nb.recipes.text import HOLE
+
+    lines = word_list().train if name == "words" else Path(name).read_text(encoding="utf-8").splitlines()
+    texts = [line.rstrip() for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"--data: expected a text in each line; {name} has none")
+    letters, longest = set("".join(texts)), max(map(len, texts))
+    if HOLE in letters:
+        raise ValueError(f"--data: {HOLE} stands for a letter that is to be found, and is in {name}")
+    letters |= {" "} if min(map(len, texts)) < longest else set()
+    return Asked(texts, None, None, None, (1, 1, longest), len(letters))
+
+
 def given(args, *names: str) -> dict:
     "Those of these options that were given."
     return {k: v for k in names if (v := getattr(args, k)) is not None}
@@ -104,7 +122,7 @@ def changed(args, asked: Asked, section: str, kind: type):
     from diffusion_nb.recipes.settings import settings
 
     own = asked.classes is not None  # pictures of one's own
-    r = settings(f"{section}.{args.recipe or ('pictures' if own else args.data)}", kind)
+    r = settings(f"{section}.{args.recipe or ('pictures' if own else Path(args.data).stem)}", kind)
     options = given(args, "steps", "batch", "lr", "width", "seed")
     if "width" in options and not hasattr(r, "width"):
         raise ValueError(
@@ -127,11 +145,13 @@ def plain_task(args, asked: Asked, family: str) -> Task:
 
 
 def caption_task(args, asked: Asked, family: str) -> Task:
-    "A model of pictures that draws from captions."
+    "A model of pictures that draws from captions, by a U-Net or a transformer."
     from diffusion_nb.emoji import vocabulary
     from diffusion_nb.recipes.captions import CaptionRecipe, caption_trainer
+    from diffusion_nb.recipes.dit import DiTCaptionRecipe
 
-    r = replace(changed(args, asked, "recipe", CaptionRecipe), words=vocabulary(asked.captions))
+    section, kind = ("recipe", CaptionRecipe) if family == "captions" else ("dit", DiTCaptionRecipe)
+    r = replace(changed(args, asked, section, kind), words=vocabulary(asked.captions))
     return Task(family, r, partial(caption_trainer, r, asked.x, asked.captions), asked.shape)
 
 
@@ -188,18 +208,64 @@ def latent_task(args, asked: Asked, family: str) -> Task:
     return Task(family, r, partial(latent_trainer, r, z, asked.captions or asked.y), shape, codec=codec)
 
 
+def cold_task(args, asked: Asked, family: str) -> Task:
+    "A restorer of blurred pictures, which draws from a grey level."
+    from diffusion_nb.recipes.cold import ColdModel, ColdRecipe, cold_trainer, grey_levels
+
+    x = asked.in_memory("--cold")
+    r = replace(
+        changed(args, asked, "25_cold", ColdRecipe), classes=0 if asked.y is None else int(asked.y.max()) + 1
+    )
+    denoiser = ColdModel(r, asked.shape, grey_levels(x, asked.y))
+    return Task(family, r, partial(cold_trainer, r, x, asked.y), asked.shape, denoiser, levels=asked.levels)
+
+
+def upsampler_task(args, asked: Asked, family: str) -> Task:
+    "A stage that enlarges pictures of half the size. Raises ValueError where that cannot be."
+    from torch.nn.functional import avg_pool2d
+
+    from diffusion_nb.recipes.cascade import UpsamplerRecipe, upsampler_trainer
+
+    x = asked.in_memory("--upsampler")
+    r = replace(changed(args, asked, "20_cascade", UpsamplerRecipe), classes=0)
+    if any(side % (2 * r.patch) for side in asked.shape[1:]):
+        raise ValueError(f"--upsampler: expected pictures whose sides are multiples of {2 * r.patch}; got {asked.shape[1]}×{asked.shape[2]}")  # fmt: skip
+    trainer = lambda denoiser, **options: upsampler_trainer(
+        r, x, avg_pool2d(x, 2), **options
+    )  # which makes its own
+    return Task(family, r, trainer, asked.shape, levels=asked.levels)
+
+
+def text_task(args, asked: Asked, family: str) -> Task:
+    "A network that writes texts of one length, a letter at a time."
+    from diffusion_nb.recipes.text import TextRecipe, text_trainer
+
+    name = args.recipe or "words"
+    letters = "".join(sorted({*"".join(asked.x), *([" "] if min(map(len, asked.x)) < asked.shape[2] else [])}))
+    r = changed(replace(args, recipe=name), asked, "text", TextRecipe)
+    r = replace(r, data=args.data, letters=letters, length=asked.shape[2])
+    return Task(family, r, partial(text_trainer, r, r.tokens(asked.x)), asked.shape, levels=asked.levels)
+
+
 TASKS = {
-    "diffusion": plain_task, "vdm": plain_task, "dit": plain_task, "captions": caption_task, "control": control_task, "codec": codec_task,
-    "latent": latent_task,
+    "diffusion": plain_task, "vdm": plain_task, "dit": plain_task, "captions": caption_task, "dit-captions": caption_task, "control": control_task,
+    "codec": codec_task, "latent": latent_task, "cold": cold_task, "upsampler": upsampler_task, "text": text_task,
 }  # fmt: skip
+KINDS = "vdm", "dit", "control", "codec", "latent", "cold", "upsampler"  # the options that name a kind of model
 
 
 def family_of(args) -> str:
     "The family of models that was asked for. Raises ValueError for two at once."
-    chosen = [name for name in ("vdm", "dit", "control", "codec", "latent") if getattr(args, name)]
+    chosen = [name for name in KINDS if getattr(args, name)]
     if len(chosen) > 1:
         raise ValueError(f"--{' and --'.join(chosen)} are kinds of models: say one")
-    return chosen[0] if chosen else "captions" if args.data == "emoji" else "diffusion"
+    if args.data == "words" or args.data.endswith(".txt"):
+        if chosen:
+            raise ValueError(f"--{chosen[0]}: not for texts, which one kind of network writes")
+        return "text"
+    if args.data == "emoji" and chosen in ([], ["dit"]):
+        return "dit-captions" if chosen else "captions"
+    return chosen[0] if chosen else "diffusion"
 
 
 def task_of(args) -> Task:
@@ -208,8 +274,10 @@ def task_of(args) -> Task:
     of_labels = family in ("diffusion", "vdm", "dit")
     if not of_labels and (args.grids or args.report):
         raise ValueError(f"--grids, --report: they are of models of labelled pictures, not of family {family}")
-    if family in ("control", "codec") and args.from_:
+    if family in ("control", "codec", "cold", "upsampler") and args.from_:
         raise ValueError(f"--from: not with --{family}")
+    if args.data == "emoji" and family == "cold":
+        raise ValueError("--cold: emoji have captions, not labels, which a restorer does not read")
     if family == "control" and (args.recipe or args.width):
         raise ValueError(
             "--control: not with --recipe and --width, which are those of the model that is controlled"

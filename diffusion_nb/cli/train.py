@@ -15,7 +15,7 @@ from diffusion_nb.cli.tasks import family_of, task_of
 @dataclass
 class Train:
     data: str = "digits"
-    "Data set, see `diffusion-nb data`; emoji, whose captions are read; or a folder of pictures, its subfolders being the classes; or an .npz file (arr_0, labels); or hf:NAME, a data set of the Hugging Face Hub."
+    "Data set, see `diffusion-nb data`; emoji, whose captions are read; words, or a .txt file of short texts, a line each; or a folder of pictures, its subfolders being the classes; or an .npz file (arr_0, labels); or hf:NAME, a data set of the Hugging Face Hub."
     out: str | None = None
     "Folder to write, if not runs/DATA."
     recipe: str | None = None
@@ -44,6 +44,10 @@ class Train:
     "An autoencoder, whose latents another model can draw (notebook 19); sections [codec.NAME] of settings.ini."
     latent: str | None = None
     "A model of the latents of this codec, a folder that train --codec wrote, or emoji-codec (notebook 19); sections [latent.NAME]."
+    cold: bool = False
+    "A network that takes away blur, and draws from a grey level (notebook 25); sections [25_cold.NAME] of settings.ini."
+    upsampler: bool = False
+    "A stage that enlarges pictures of half the size, for `sample --large` (notebook 20); sections [20_cascade.NAME]. Of emoji with --size 64."
     minutes: float | None = None
     "Stop after so many minutes; the same command goes on from there."
     every: int = 1000
@@ -171,8 +175,13 @@ def write_down(args: Train, trainer, about, out: Path, steps_here: int, seconds:
         print(f"step {trainer.step} of {trainer.steps}; the same command goes on from there")
     if trainer.state.skipped:
         print(f"{int(trainer.state.skipped)} steps were left out, for their gradient was not finite")
-    following = f"train --data {args.data} --latent {out}" if about.family == "codec" else f"sample --model {out}"
-    print(f"wrote {out}/model.safetensors, model.json and run.json; next: diffusion-nb {following}")
+    following = {
+        "codec": f"train --data {args.data} --latent {out}",
+        "upsampler": f"sample --model MODEL --large {out}",
+    }
+    print(
+        f"wrote {out}/model.safetensors, model.json and run.json; next: diffusion-nb {following.get(about.family, f'sample --model {out}')}"
+    )
 
 
 def train(args: Train) -> int:
@@ -181,7 +190,8 @@ def train(args: Train) -> int:
     from diffusion_nb.training.sharding import process_group
 
     family = family_of(args)
-    out = Path(args.out or f"runs/{'' if family in ('diffusion', 'captions') else family + '-'}{Path(args.data).stem}")  # fmt: skip
+    plain = ("diffusion", "captions", "text")
+    out = Path(args.out or f"runs/{'' if family in plain else family.removesuffix('-captions') + '-'}{Path(args.data).stem}")  # fmt: skip
     with process_group(cpu=args.device == "cpu") as team:
         trainer, about, task = prepared(args, team, out)
         resumed, start = trainer.step, time.perf_counter()

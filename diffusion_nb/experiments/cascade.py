@@ -1,7 +1,6 @@
 """Cascades: emoji enlarged from 32×32 to 64×64, and digits from 4×4 to 8×8 (notebook 20)."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -18,56 +17,17 @@ from diffusion_nb.experiments.latent import psnr
 from diffusion_nb.experiments.pictures import halved, trained_on
 from diffusion_nb.forward import q_sample
 from diffusion_nb.grids import even_logsnr_grid, stopped_grid, time_grid
-from diffusion_nb.losses.cascade import augmented_loss, blurred, noised
-from diffusion_nb.losses.simple import denoising_loss
+from diffusion_nb.losses.cascade import blurred
 from diffusion_nb.metrics.features import frechet_distance
-from diffusion_nb.nets.upsampler import LevelReader, Upsampler, enlarged
+from diffusion_nb.nets.upsampler import enlarged
 from diffusion_nb.noise import Noise
-from diffusion_nb.recipes.diffusion import Recipe, chosen, recipe_trainer
+from diffusion_nb.recipes.cascade import UpsamplerRecipe, upsampler_denoiser, upsampler_trainer
+from diffusion_nb.recipes.diffusion import Recipe, recipe_trainer
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.samplers.cascade import upsample
 from diffusion_nb.samplers.consistency import super_resolve
 from diffusion_nb.samplers.linear import dpmpp_2m
 from diffusion_nb.training.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class UpsamplerRecipe(Recipe):
-    "A stage that enlarges pictures to twice their size, and its training; most: the time up to which the small picture is noised at most."
-
-    data: str = "emoji"
-    width: int = 32
-    mults: tuple[int, ...] = (1, 1)
-    attention: tuple[int, ...] = ()
-    classes: int = 0
-    patch: int = 2
-    steps: int = 1500
-    batch: int = 16
-    lr: float = 0.002
-    ema: float = 0.995
-    most: float = 0.5
-
-
-def upsampler_denoiser(r: UpsamplerRecipe, channels: int) -> NetDenoiser:
-    "The fresh stage of a recipe."
-    schedule, predict, _ = chosen(r)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(r.seed)
-        reader = LevelReader(4 * r.width, r.classes)
-    net = r.network(2 * channels, channels_out=channels, scale_shift=True, condition=reader)
-    return NetDenoiser(Upsampler(net), schedule(), predict)
-
-
-def upsampler_trainer(
-    r: UpsamplerRecipe, x: Float[Tensor, "n c h w"], low: Float[Tensor, "n c h/2 w/2"], y: Tensor | None = None, **options
-) -> Trainer:  # fmt: skip
-    "The trainer of a stage, for pictures x, their small versions, which it noises afresh in each step, and labels. options: those of `Trainer`; augment_low: another change of the small ones than `noised`."
-    denoiser = upsampler_denoiser(r, x.shape[1])
-    augment = options.pop("augment_low", None) or partial(noised, schedule=denoiser.schedule, most=r.most)
-    plain = partial(denoising_loss, weight=chosen(r)[2])
-    loss = partial(augmented_loss, augment=augment, loss=plain)
-    labels, cond = r.labelled(y), {"low": low} | ({} if y is None else {"y": y})
-    return Trainer(denoiser, x, loss=loss, **labels | {"cond": cond}, **r.options(), **options)
 
 
 def upsampler_of_emoji(r: UpsamplerRecipe, small: Emoji, large: Emoji, **options) -> Trainer:

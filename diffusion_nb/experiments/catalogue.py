@@ -79,6 +79,7 @@ def artifact_makers() -> dict:
         "words_edit": (words.train_words, of("26_discrete.edit", words.WordRecipe)),
         "words_encoded": (encoder.train_encoder, of("27_unified", encoder.EncoderRecipe)),
         "dit": (dit.run_comparison, of("24_dit", dit.DiTComparison)),
+        "dit_covariance": (dit.run_covariance, of("24_dit.covariance", dit.CovarianceRecipe)),
         "dit_latents": (dit.run_in_latents, of("24_dit.latents", dit.DiTComparison)),
         "cold": (cold.run_cold, of("25_cold", cold.ColdComparison)),
         "cold_mnist": (cold.train_cold_mnist, of("25_cold.mnist", cold.ColdRecipe)),

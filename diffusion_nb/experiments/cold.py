@@ -28,7 +28,7 @@ from diffusion_nb.experiments.latent import psnr
 from diffusion_nb.experiments.pictures import halved, trained_on
 from diffusion_nb.metrics.features import frechet_distance
 from diffusion_nb.noise import Noise
-from diffusion_nb.recipes.diffusion import NetRecipe
+from diffusion_nb.recipes.cold import ColdRecipe
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.training.trainer import Trainer
 
@@ -40,15 +40,6 @@ WAYS = (
     "kept, start + 0.002",
     "kept, start + 0.02",
 )
-
-
-@dataclass(frozen=True)
-class ColdRecipe(NetRecipe):
-    "A restorer and its training. sigma: the noise on top of the corruption."
-
-    steps: int = 500
-    lr: float = 0.004
-    sigma: float = 0.1
 
 
 @dataclass(frozen=True)

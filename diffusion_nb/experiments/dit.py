@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from diffusion_nb.codecs import Codec, latents
 from diffusion_nb.data import Pictures, data_set, digits
-from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, predict_v
+from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser, predict_eps, predict_v
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.digits import draw_digits
-from diffusion_nb.experiments.evaluation import reference
+from diffusion_nb.experiments.evaluation import evaluate, reference
 from diffusion_nb.experiments.judge import digit_judge, mnist_judge
 from diffusion_nb.experiments.latent import mnist_codec
 from diffusion_nb.experiments.pictures import halved, judge_pictures, trained_on
 from diffusion_nb.experiments.reference import reference as mnist_reference
-from diffusion_nb.grids import edm_grid
+from diffusion_nb.experiments.variance import LEVELS, fixed_steps, handover
+from diffusion_nb.grids import edm_grid, truncated_grid
+from diffusion_nb.likelihood.bits import bits_per_dim
+from diffusion_nb.losses.bound import hybrid_loss
 from diffusion_nb.losses.simple import denoising_loss, snr_plus_one
 from diffusion_nb.metrics.features import frechet_distance
 from diffusion_nb.nets.dit import AdaLNZero, CrossAttend, DiT, InContext
@@ -29,10 +32,12 @@ from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import Training, recipe_trainer
 from diffusion_nb.recipes.dit import DiTRecipe, dit_denoiser, dit_recipe
 from diffusion_nb.recipes.settings import settings
-from diffusion_nb.samplers.linear import dpmpp_2m
-from diffusion_nb.schedules import CosineSchedule
+from diffusion_nb.samplers.linear import ddpm, dpmpp_2m
+from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, cosine_betas
+from diffusion_nb.time_samplers import chain_times
 from diffusion_nb.training.trainer import Trainer
 from diffusion_nb.util.profiling import flops
+from diffusion_nb.variances import fixed_large, fixed_small, learned_variance
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,96 @@ def run_in_latents(r: DiTComparison) -> tuple[dict, dict]:
 def comparison_in_latents() -> dict[str, Tensor]:
     "What `compare` found on latents of MNIST (artifact `dit_latents`, [24_dit.latents])."
     return artifact("dit_latents", run_in_latents, settings("24_dit.latents", DiTComparison))[0]
+
+
+# the covariance head
+
+
+@dataclass(frozen=True)
+class CovarianceRecipe(Training):
+    """Transformers of digits that predict noise and covariance, trained by L_hybrid, `seeds` times; and how they are measured.
+
+    T: steps of the chain. grids: numbers of steps of shorter chains. counted: held-out digits for the bits; drawn: drawings for the Fréchet distance.
+    """
+
+    steps: int = 1200
+    lr: float = 0.004
+    ema: float = 0.995
+    T: int = 1000
+    width: int = 48
+    depth: int = 4
+    seeds: int = 3
+    grids: tuple[int, ...] = (10, 25, 50)
+    counted: int = 100
+    drawn: int = 300
+
+
+def middle_variance(pred, step) -> Tensor:
+    "Half way between β̃ and β, in their logarithms: what a head that has learned nothing says."
+    return (step.small * step.large) ** 0.5
+
+
+VARIANCES = {"β̃": fixed_small, "β": fixed_large, "middle": middle_variance, "learned": learned_variance}
+COUNTED = (*VARIANCES, "best fixed")
+
+
+def covariance_denoiser(r: CovarianceRecipe, seed: int) -> NetDenoiser:
+    "A fresh transformer of adaLN-Zero with twice the channels out, on the cosine schedule of T steps."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = DiT(1, 8, 2, r.width, r.depth, 4, 10, AdaLNZero, channels_out=2, waves=64)
+    return NetDenoiser(net, DDPMSchedule(cosine_betas(r.T)), predict_eps)
+
+
+def covariance_trainer(r: CovarianceRecipe, seed: int) -> Trainer:
+    "The trainer of one of them."
+    data = digits()
+    return Trainer(covariance_denoiser(r, seed), data.x, loss=hybrid_loss(r.T, LEVELS), time_sampler=chain_times(r.T), cond={"y": data.y}, null=10,
+                   device="cpu", **replace(r, seed=seed).options())  # fmt: skip
+
+
+@torch.no_grad()
+def bits_by_variance(r: CovarianceRecipe, denoiser: NetDenoiser) -> Float[Tensor, "grids 5 n"]:
+    "Bits per pixel of prior and steps, for each of COUNTED and each held-out digit; the last step, of all the same, is left out."
+    data, end, found = digits(), handover(denoiser.schedule) / r.T, []
+    x, y = data.x_test[: r.counted], data.y_test[: r.counted]
+    for steps in r.grids:
+        ts = truncated_grid(steps, end)
+        bits = bits_per_dim(Clip(denoiser), x, ts, levels=LEVELS, var=learned_variance, y=y)
+        best = lambda pred, step, m=bits.mse[:, :-1].mean(0): step.small + step.b**2 * m
+        fixed = [fixed_steps(bits, denoiser.schedule, v) for v in (fixed_small, fixed_large, middle_variance)]
+        rows = [*fixed, bits.steps, fixed_steps(bits, denoiser.schedule, best)]
+        found.append(torch.stack([bits.prior + row.sum(1) for row in rows]))
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def draw_by_variance(r: CovarianceRecipe, denoiser: NetDenoiser, var: Callable, steps: int) -> Float[Tensor, "n 1 8 8"]:  # fmt: skip
+    "Digits 0, 1, …, 9, 0, … by so many steps of DDPM with this variance; the noise is the same for all variances."
+    noise, ts = Noise(torch.arange(r.drawn) + 2**20, (1, 8, 8)), truncated_grid(steps, handover(denoiser.schedule) / r.T)  # fmt: skip
+    x = ddpm(Clip(denoiser), noise(0), ts, noise=noise, var=var, y=torch.arange(r.drawn) % 10)
+    return (8 * x.clamp(-1, 1)).round() / 8
+
+
+def run_covariance(r: CovarianceRecipe) -> tuple[dict, dict]:
+    "Of each seed: bits (seeds, grids, COUNTED, n), and Fréchet distances (seeds, grids, VARIANCES); the first seed's drawings by the fewest steps, as grey levels."
+    denoisers = [covariance_trainer(r, seed).fit().eval() for seed in range(r.seeds)]
+    y = torch.arange(r.drawn) % 10
+    drawn = [[[draw_by_variance(r, d, v, k) for v in VARIANCES.values()] for k in r.grids] for d in denoisers]
+    distance = lambda x: evaluate(x, y, r.drawn).frechet.mean()
+    found = {
+        "bits": torch.stack([bits_by_variance(r, d) for d in denoisers]).float(),
+        "Fréchet": torch.stack([torch.stack([torch.stack([distance(x) for x in row]) for row in of]) for of in drawn]).float(),
+        "drawings": torch.stack([(8 * (x[:20] + 1)).round().to(torch.uint8) for x in drawn[0][0]]),
+    }  # fmt: skip
+    bits, distances = found["bits"].mean((0, 3)), found["Fréchet"].mean(0)
+    said = lambda names, row: {name: round(v, 3) for name, v in zip(names, row.tolist(), strict=True)}
+    return found, {f"{k} steps": {"bits per pixel": said(COUNTED, bits[i]), "Fréchet distance": said(VARIANCES, distances[i])} for i, k in enumerate(r.grids)}  # fmt: skip
+
+
+def covariance() -> dict[str, Tensor]:
+    "What `run_covariance` found (artifact `dit_covariance`, [24_dit.covariance])."
+    return artifact("dit_covariance", run_covariance, settings("24_dit.covariance", CovarianceRecipe))[0]
 
 
 # digits of 28×28

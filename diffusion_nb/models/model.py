@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from diffusion_nb.denoisers import DenoiserConsistency
 from diffusion_nb.recipes.captions import CaptionRecipe, caption_denoiser
+from diffusion_nb.recipes.cascade import UpsamplerRecipe, upsampler_denoiser
+from diffusion_nb.recipes.cold import ColdModel, ColdRecipe
 from diffusion_nb.recipes.control import ControlRecipe, control_denoiser
 from diffusion_nb.recipes.diffusion import Recipe, Training, recipe_denoiser
-from diffusion_nb.recipes.dit import DiTRecipe, dit_denoiser
+from diffusion_nb.recipes.dit import DiTCaptionRecipe, DiTRecipe, dit_caption_denoiser, dit_denoiser
 from diffusion_nb.recipes.latent import AutoencoderRecipe, LatentRecipe, fresh_codec, latent_denoiser
 from diffusion_nb.recipes.settings import typed
+from diffusion_nb.recipes.text import TextRecipe
+from diffusion_nb.recipes.unclip import UnclipNets, unclip_model
 from diffusion_nb.recipes.vdm import VDMRecipe, vdm_denoiser
 from diffusion_nb.util.checks import check_numbers
 from diffusion_nb.util.storage import check_fits, own_tensors, read_weights, save_tensors, write_json
@@ -24,9 +28,14 @@ FAMILIES = {  # the kind of recipe, and what builds its network
     "vdm": (VDMRecipe, vdm_denoiser),
     "captions": (CaptionRecipe, caption_denoiser),
     "dit": (DiTRecipe, dit_denoiser),
+    "dit-captions": (DiTCaptionRecipe, dit_caption_denoiser),
     "control": (ControlRecipe, control_denoiser),
     "codec": (AutoencoderRecipe, fresh_codec),
     "latent": (LatentRecipe, latent_denoiser),
+    "upsampler": (UpsamplerRecipe, lambda r, shape: upsampler_denoiser(r, shape[0])),
+    "unclip": (UnclipNets, unclip_model),
+    "cold": (ColdRecipe, ColdModel),
+    "text": (TextRecipe, lambda r, shape: r.fresh()),
     "student": (Recipe, recipe_denoiser),  # of progressive distillation
     "consistency": (Recipe, lambda r, shape: DenoiserConsistency(recipe_denoiser(r, shape))),
 }
@@ -54,7 +63,7 @@ class About:
 
 @dataclass(frozen=True)
 class Model:
-    """A trained denoiser, consistency function or codec, and what it is; for a model of latents also the codec that makes pictures of them.
+    """A trained denoiser, consistency function, codec or network of texts, and what it is; for a model of latents also the codec that makes pictures of them.
 
     `Model(denoiser, about).save(folder)` writes model.safetensors and model.json, a codec to codec/; `Model.load(folder)` reads them.
     """

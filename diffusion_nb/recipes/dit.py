@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from diffusion_nb.denoisers import NetDenoiser
 from diffusion_nb.nets.dit import AdaLNZero, CrossAttend, DiT, InContext
+from diffusion_nb.nets.words import BagOfWords
 from diffusion_nb.recipes.diffusion import Recipe, chosen
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.util.checks import check_numbers
@@ -51,4 +53,40 @@ def dit_denoiser(r: DiTRecipe, shape: Sequence[int]) -> NetDenoiser:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r.seed)
         net = DiT(channels, height, r.patch, r.width, r.blocks, r.heads, r.classes, BLOCKS[r.kind], waves=r.waves)
+    return NetDenoiser(net, schedule(), predict)
+
+
+@dataclass(frozen=True)
+class DiTCaptionRecipe(DiTRecipe):
+    "A diffusion transformer of captioned pictures, which knows these words; hidden: the width within the layers that read them."
+
+    data: str = "emoji"
+    classes: int = 0
+    hidden: int = 256
+    words: tuple[str, ...] = ()
+
+
+class CaptionedDiT(DiT):
+    "A diffusion transformer that is told words instead of a label."
+
+    def __init__(self, *args, words: Sequence[str], hidden: int, width: int, **options):
+        super().__init__(*args, width=width, classes=0, **options)
+        self.label = BagOfWords(words, width, hidden)
+
+    def check_y(self, y: Tensor | None) -> None:
+        "Raise ValueError unless y counts words that the network knows."
+        if y is None:
+            raise ValueError("y: expected the words of each picture, as `label.told` counts them")
+        self.label.check_y(y)
+
+
+def dit_caption_denoiser(r: DiTCaptionRecipe, shape: Sequence[int]) -> NetDenoiser:
+    "The fresh network of a recipe, for square pictures of this shape. Raises ValueError for others."
+    channels, height, width = shape
+    if height != width:
+        raise ValueError(f"shape: expected square pictures; got {height}×{width}")
+    schedule, predict, _ = chosen(r)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(r.seed)
+        net = CaptionedDiT(channels, height, r.patch, depth=r.blocks, heads=r.heads, block=BLOCKS[r.kind], waves=r.waves, words=r.words, hidden=r.hidden, width=r.width)  # fmt: skip
     return NetDenoiser(net, schedule(), predict)
