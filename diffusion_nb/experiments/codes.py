@@ -30,14 +30,12 @@ from diffusion_nb.training.trainer import Trainer
 CODES, SIDE, CLASSES = 256, 7, 10
 LENGTH, MASK = SIDE**2, CODES
 WAYS = {
-    "one code per step, w = 0": dict(steps=LENGTH, w=0.0),
     "one code per step, w = 1": dict(steps=LENGTH),
     "8 steps, random places, w = 1": {},
     "8 steps, the surest first, w = 1": dict(rule=surest),
     "8 steps, the surest with noise, w = 0": dict(rule=noisy_surest(4.5), w=0.0),
     "8 steps, the surest with noise, w = 1": dict(rule=noisy_surest(4.5)),
     "8 steps, the surest with noise, w = 2": dict(rule=noisy_surest(4.5), w=2.0),
-    "16 steps, the surest with noise, w = 1": dict(rule=noisy_surest(4.5), steps=16),
 }  # how pictures are drawn, as `draw_codes` is told
 
 
@@ -48,10 +46,10 @@ class CodeRecipe(Training):
     width: int = 96
     depth: int = 3
     heads: int = 4
-    steps: int = 5000
-    lr: float = 0.002
-    warmup: int = 300
-    ema: float = 0.999
+    steps: int = 3000
+    lr: float = 0.003
+    warmup: int = 200
+    ema: float = 0.998
     beta2: float = 0.98
 
     def fresh(self) -> LabelledText:
