@@ -46,7 +46,7 @@ class CodeRecipe(Training):
     width: int = 96
     depth: int = 3
     heads: int = 4
-    steps: int = 3000
+    steps: int = 2500
     lr: float = 0.003
     warmup: int = 200
     ema: float = 0.998
