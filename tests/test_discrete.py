@@ -31,10 +31,19 @@ from diffusion_nb.experiments.words import (
     word_list,
     word_trainer,
 )
-from diffusion_nb.losses.discrete import edit_loss, log_changes, mask_loss
+from diffusion_nb.losses.discrete import edit_loss, log_changes, log_probability, mask_loss
 from diffusion_nb.nets.text import TextNet
 from diffusion_nb.noise import Noise
-from diffusion_nb.samplers.discrete import Drawn, TokenGuess, changes, draw, one_change, reveal_surest, surest
+from diffusion_nb.samplers.discrete import (
+    Drawn,
+    TokenGuess,
+    changes,
+    draw,
+    noisy_surest,
+    one_change,
+    reveal_surest,
+    surest,
+)
 
 V, L, N = 5, 6, 300
 KERNELS = (MaskTokens(V), ReplaceTokens(V), ChangeTokens(V))
@@ -159,6 +168,39 @@ def test_the_surest_are_shown():
     assert reveal_surest(x, p, torch.tensor([[0, 1, 2, 1]]), 2, 3).tolist() == [[3, 3, 0, 1]]
 
 
+def test_without_noise_the_noisy_choice_is_the_surest():
+    guess, start = TokenGuess(stirred, mask=V), torch.full((N, L), V)
+    ts = torch.tensor([6, 4, 1, 0]) / L
+    run = lambda rule: ancestral(KERNELS[0], guess, start, ts, rule, noise=NOISE)
+    assert torch.equal(run(noisy_surest(0.0)), run(surest)) and not torch.equal(
+        run(noisy_surest(5.0)), run(surest)
+    )
+
+
+def test_much_noise_makes_the_choice_even():
+    "Which place is shown first does not depend on how sure its token is, nor on which token was drawn."
+    n, noise = 20_000, Noise(range(20_000), (2,))
+    p = torch.tensor([[0.9, 0.1], [0.5, 0.5]], dtype=torch.float64).expand(n, 2, 2)
+    half, one = torch.tensor(0.5), torch.tensor(1.0)
+    x = noisy_surest(1e6)(MaskTokens(2), torch.full((n, 2), 2), p, half, one, noise(0))
+    shares = [(x[:, i] == v).double().mean() for i in (0, 1) for v in (0, 1)]
+    assert ((x == 2).sum(1) == 1).all() and torch.allclose(torch.stack(shares), p[0].flatten() / 2, atol=0.012)
+
+
+def test_the_probabilities_of_all_texts_are_one():
+    texts = torch.cartesian_prod(*[torch.arange(V)] * 3)
+    assert abs(log_probability(stirred, texts, V).exp().sum() - 1) < 1e-6  # stirred is in float32
+
+
+def test_the_loss_bounds_the_probability():
+    orders = torch.cartesian_prod(*[torch.arange(3)] * 3)
+    orders = orders[(orders.sort(1).values == torch.arange(3)).all(1)]  # all 6
+    x0, noise = torch.tensor([[0, 3, 1]]).expand(6, 3), torch.special.ndtri((orders + 0.5) / 3)
+    terms = [mask_loss(stirred, x0, torch.full((6,), k / 3), noise, corruption=KERNELS[0]) for k in (1, 2, 3)]
+    exact = -log_probability(stirred, x0[:1], V)
+    assert torch.stack(terms).mean() > exact > torch.stack(terms).mean() - 2
+
+
 def test_a_guess_keeps_what_is_shown_and_can_be_cold():
     x = torch.tensor([[0, V, 2, V, V, 4]])
     p = TokenGuess(stirred, mask=V)(x, torch.tensor(0.5))
@@ -173,7 +215,7 @@ def test_a_guess_keeps_what_is_shown_and_can_be_cold():
         TokenGuess(TextNet(V, L, 8, 1, 2, dropout=0.1))
 
 
-@pytest.mark.parametrize("rule", [afresh, kept, one_change, surest])
+@pytest.mark.parametrize("rule", [afresh, kept, one_change, surest, noisy_surest(4.5)])
 def test_samples_do_not_depend_on_their_batch(rule):
     def run(seeds):
         noise, guess = Noise(seeds, (L,)), TokenGuess(stirred, mask=V)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion_nb.corruption import ChangeTokens, Corruption, MaskTokens, afresh, ancestral, as_uniform, kept
 from diffusion_nb.experiments.artifacts import artifact
-from diffusion_nb.experiments.pictures import halved, trained_on
+from diffusion_nb.experiments.pictures import from_bytes, in_bytes, trained_on
 from diffusion_nb.losses.discrete import edit_loss, mask_loss
 from diffusion_nb.nets.text import TextNet
 from diffusion_nb.noise import Noise
@@ -101,11 +101,11 @@ def word_trainer(r: WordRecipe, x: Int[Tensor, "n L"], **options) -> Trainer:
 
 
 def train_words(r: WordRecipe, **options) -> tuple[dict, dict]:
-    "The weights of a network of words, in float16, and its bounds in bits per word."
+    "The weights of a network of words, in 8 bits, and its bounds in bits per word."
     words = word_list()
     net = word_trainer(r, as_tokens(words.train), **options).fit()
-    weights = halved(net)
-    net.load_state_dict(weights)
+    weights = in_bytes(net)
+    net.load_state_dict(from_bytes(weights))
     said = {"held out": words.held_out, "trained on": words.train[:HELD_OUT]}
     bits = {name: round(word_bits(r, net.eval(), as_tokens(w)).mean().item(), 3) for name, w in said.items()}
     return weights, {"bits per word": bits} | trained_on()
@@ -115,7 +115,7 @@ def word_net(edit: bool = False) -> TextNet:
     "The network of words with masks, or with changed letters (artifacts `words`, `words_edit`), in eval mode."
     r = word_recipe(edit)
     net = r.fresh()
-    net.load_state_dict(artifact("words_edit" if edit else "words", train_words, r)[0])
+    net.load_state_dict(from_bytes(artifact("words_edit" if edit else "words", train_words, r)[0]))
     return net.eval().requires_grad_(False)
 
 
