@@ -1,0 +1,179 @@
+"""Emoji drawn from free text, by the tokens of a frozen encoder (notebook 21)."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+from diffusion_nb.codecs import Codec, latents
+from diffusion_nb.denoisers import Clip, NetDenoiser
+from diffusion_nb.emoji import TONES, Emoji, emoji, share, vocabulary, words
+from diffusion_nb.experiments.artifacts import artifact
+from diffusion_nb.experiments.emoji import emoji_judge, judge_captions, training_pairs
+from diffusion_nb.experiments.latent import emoji_codec, emoji_latent_shape, rounded
+from diffusion_nb.experiments.pictures import by_2m, from_bytes, in_bytes, trained_on
+from diffusion_nb.guidance import CFG
+from diffusion_nb.nets.frozen import FrozenTokens, principal
+from diffusion_nb.recipes.settings import settings
+from diffusion_nb.recipes.text import TextRecipe, bag_denoiser, text_denoiser, text_trainer
+from diffusion_nb.util.checks import default_device
+
+# texts: what captions can be said as in training, and what is held out of it
+
+TONE = re.compile(rf"\s*\b({'|'.join(sorted(TONES, key=len, reverse=True))}) skin tone")
+WITH_TONE = ("a {} with {} skin", "{1} skin {0}", "drawing of a {}, skin tone {}")
+PLAIN = ("a {}", "drawing of a {}", "{} emoji")
+NEW_WITH_TONE = ("please show me a {} whose skin is {}", "{1}-skinned {0}", "somebody of {1} complexion: a {0}")
+SEXES = {"woman": "female", "man": "male"}
+NEW_GENDERS = {"woman": "lady", "man": "gentleman"}
+NEW_ROLES = {
+    "cook": "chef", "health worker": "doctor", "police officer": "cop", "astronaut": "cosmonaut", "artist": "painter", "mage": "sorcerer",
+    "technologist": "programmer", "student": "graduate", "teacher": "professor", "scientist": "researcher", "singer": "vocalist",
+    "pilot": "aviator", "mechanic": "repairer", "detective": "investigator", "construction worker": "builder", "office worker": "clerk",
+    "factory worker": "welder", "judge": "magistrate", "golfing": "playing golf", "biking": "riding a bicycle", "running": "jogging",
+}  # fmt: skip
+
+
+def tone_apart(caption: str) -> tuple[str, str]:
+    "The caption without its skin tone, and the tone; two tones, or none, are left where they are."
+    found = TONE.findall(caption)
+    return (TONE.sub("", caption).strip(), found[0]) if len(found) == 1 else (caption, "")
+
+
+def phrasings(caption: str) -> tuple[str, str]:
+    "Two ways to say a caption that training uses beside it; the caption decides which."
+    subject, tone = tone_apart(caption)
+    found, frames = [], WITH_TONE if tone else PLAIN
+    for k in (0, 1):
+        number = int(60 * share(caption))
+        first, *rest = subject.split()
+        sexed = [SEXES[first], *rest] if (number + k) % 2 and first in SEXES and rest else [first, *rest]
+        found.append(frames[(number // 2 + k) % 3].format(" ".join(sexed), tone))
+    return tuple(found)
+
+
+def training_texts(data: Emoji) -> tuple[Float[Tensor, "n 3 s s"], list[str], list[int]]:
+    "Training pictures, for each a text, and which picture each belongs to: once its caption and once a phrasing."
+    x, which = training_pairs(data)
+    half = len(which) // 2
+    said = [phrasings(data.captions[i])[k >= half] for k, i in enumerate(which)]
+    return x, [data.captions[i] for i in which] + said, 2 * list(range(len(which)))
+
+
+def paraphrases(data: Emoji, each: int = 60) -> dict[str, tuple[list[str], list[int]]]:
+    "Texts that no training text is like, and the emoji that they mean: in new sentences, with new words for man and woman, with new words for what they do."
+    found = {"new sentences": [], "new words for gender": [], "new words for roles": []}
+    for i, (caption, role, gender, tones) in enumerate(
+        zip(data.captions, data.role, data.gender, data.tones, strict=True)
+    ):
+        if gender not in NEW_GENDERS or len(tones) != 1 or role not in NEW_ROLES:
+            continue
+        frame = NEW_WITH_TONE[int(300 * share(caption)) % 3]
+        found["new sentences"].append((frame.format(f"{gender} {role}", tones[0]), i))
+        found["new words for gender"].append((f"a {NEW_GENDERS[gender]} {role} with {tones[0]} skin", i))
+        found["new words for roles"].append((f"a {gender} {NEW_ROLES[role]} with {tones[0]} skin", i))
+    some = lambda pairs: sorted(pairs, key=lambda pair: share(pair[0]))[:each]
+    return {kind: tuple(map(list, zip(*some(pairs), strict=True))) for kind, pairs in found.items()}
+
+
+# drawing and judging
+
+
+@torch.no_grad()
+def draw_told(codec: Codec, denoiser: NetDenoiser, y: Tensor, w: float = 2.0, steps: int = 20, first: int = 0) -> Float[Tensor, "n 3 64 64"]:  # fmt: skip
+    "Pictures of what the network is told, by DPM-Solver++ 2M with guidance weight w, decoded; the i-th has seed `first` + i."
+    reader = denoiser.net.context or denoiser.net.label
+    guided = Clip(CFG(denoiser, w, reader.null) if w else denoiser, -6.0, 6.0)
+    z = by_2m(guided, len(y), emoji_latent_shape(), steps, first, batch=100, y=y)
+    return torch.cat([codec.decode(part).clamp(-1, 1) for part in z.split(100)])
+
+
+@torch.no_grad()
+def judged_texts(told: Callable, codec: Codec, denoiser: NetDenoiser, kinds: dict[str, tuple[list[str], list[int]]], w: float = 2.0) -> dict[str, dict[str, float]]:  # fmt: skip
+    "What the judge of 32×32 emoji says of drawings at half their size; told: texts ↦ what the network reads; kinds: of each, texts and the emoji that they mean."
+    judge, small = emoji_judge(), emoji(32)
+    drawn = {kind: draw_told(codec, denoiser, told(texts), w, first=2**20) for kind, (texts, _) in kinds.items()}
+    return {kind: judge_captions(judge, small, avg_pool2d(x, 2), kinds[kind][1]) for kind, x in drawn.items()}
+
+
+def held_out(data: Emoji) -> dict[str, tuple[list[str], list[int]]]:
+    "Captions and numbers of held-out combinations and pictures, and of 200 that were trained on."
+    trained = data.train.nonzero()[:, 0].tolist()
+    kinds = {
+        "held-out combinations": data.held_combinations.nonzero()[:, 0].tolist(),
+        "held-out pictures": data.held_pictures.nonzero()[:, 0].tolist(),
+        "trained on": trained[:: len(trained) // 200][:200],
+    }
+    return {kind: ([data.captions[i] for i in which], which) for kind, which in kinds.items()}
+
+
+def of_known_words(texts: Sequence[str], known: Sequence[str]) -> list[str]:
+    "The texts without words that are not known."
+    return [" ".join(w for w in words(text) if w in known) for text in texts]
+
+
+# the two networks
+
+
+def fit_tokens(reader: FrozenTokens, texts: Sequence[str]) -> None:
+    "Give the reader the principal components of the tokens of these texts, rounded to float16, and the tokens themselves."
+    texts = sorted(set(texts), key=len)
+    raw = [x[there].clone() for part in in_parts(texts) for x, there in zip(*reader.encode(part), strict=True)]
+    mean, basis = principal(torch.cat(raw), reader.basis.shape[1])
+    reader.mean, reader.basis = mean.half().float(), basis.half().float()
+    reader.known = {text: (x - reader.mean) @ reader.basis for text, x in zip(texts, raw, strict=True)}
+
+
+def in_parts(texts: Sequence[str], size: int = 100) -> list[list[str]]:
+    return [list(texts[i : i + size]) for i in range(0, len(texts), size)]
+
+
+def packed_text(net: nn.Module) -> dict[str, Tensor]:
+    "The weights as `in_bytes` keeps them, the basis of the tokens in float16."
+    kept = in_bytes(net)
+    del kept["context.basis.scale"]
+    return kept | {"context.basis": net.context.basis.half()}
+
+
+def train_emoji_text(r: TextRecipe, **options) -> tuple[dict, dict]:
+    "The model that reads the tokens of the frozen encoder, in 8 bits, and what the judge says in the course of its training and at its end."
+    data, codec, course = emoji(64), emoji_codec(), {}
+    denoiser = text_denoiser(r, emoji_latent_shape())
+    reader, (x, texts, which) = denoiser.net.context, training_texts(data)
+    fit_tokens(reader, texts)
+    y, reader.known = reader.told(texts), {}
+
+    def look(trainer):
+        if trainer.step in r.looks:
+            average = trainer.average.eval()
+            course[f"after {trainer.step} steps"] = judged_texts(average.net.context.told, codec, average, held_out(data))  # fmt: skip
+
+    trainer = text_trainer(r, latents(codec, x)[which], y, denoiser, device=default_device(), hooks=[look], **options)
+    denoiser = trainer.fit().cpu()
+    weights = packed_text(denoiser.net)
+    denoiser.net.load_state_dict(from_bytes(weights))
+    return weights, rounded(course | judged_everywhere(denoiser.net.context.told, codec, denoiser.eval(), data)) | trained_on()  # fmt: skip
+
+
+def judged_everywhere(told: Callable, codec: Codec, denoiser: NetDenoiser, data: Emoji) -> dict:
+    "What the judge says of captions at each weight of guidance, and of paraphrases."
+    ends = {f"w = {w:g}": judged_texts(told, codec, denoiser, held_out(data), w) for w in (0.0, 2.0, 5.0)}
+    return ends | {"paraphrases": judged_texts(told, codec, denoiser, paraphrases(data))}
+
+
+def train_emoji_bag(r: TextRecipe, **options) -> tuple[dict, dict]:
+    "What the judge says of a network that counts words instead, after as many steps as the first look; words that it does not know are left out of what it is told."
+    data, codec = emoji(64), emoji_codec()
+    r, (x, texts, which) = replace(r, steps=r.looks[0], looks=()), training_texts(data)
+    denoiser = bag_denoiser(r, emoji_latent_shape(), vocabulary(texts))
+    bag = denoiser.net.label
+    z = latents(codec, x)[which]
+    denoiser = text_trainer(r, z, bag.told(texts), denoiser, device=default_device(), **options).fit().cpu().eval()
+    told = lambda texts: bag.told(of_known_words(texts, bag.words))
+    kinds = held_out(data) | {f"paraphrases: {kind}": pairs for kind, pairs in paraphrases(data).items()}
+    size = torch.tensor(sum(p.numel() for p in denoiser.net.parameters()))
+    return {"parameters": size}, rounded(judged_texts(told, codec, denoiser, kinds)) | trained_on()
