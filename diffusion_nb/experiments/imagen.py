@@ -19,7 +19,7 @@ from diffusion_nb.experiments.pictures import by_2m, from_bytes, in_bytes, train
 from diffusion_nb.guidance import CFG
 from diffusion_nb.nets.frozen import FrozenTokens, principal
 from diffusion_nb.recipes.settings import settings
-from diffusion_nb.recipes.text import TextRecipe, bag_denoiser, text_denoiser, text_trainer
+from diffusion_nb.recipes.text import TextRecipe, bag_denoiser, encoded, text_denoiser, text_trainer
 from diffusion_nb.util.checks import default_device
 
 # texts: what captions can be said as in training, and what is held out of it
@@ -121,7 +121,7 @@ def of_known_words(texts: Sequence[str], known: Sequence[str]) -> list[str]:
 
 def fit_tokens(reader: FrozenTokens, texts: Sequence[str]) -> None:
     "Give the reader the principal components of the tokens of these texts, rounded to float16, and the tokens themselves."
-    texts = sorted(set(texts), key=len)
+    texts = sorted(set(texts), key=lambda text: (len(text), text))
     raw = [x[there].clone() for part in in_parts(texts) for x, there in zip(*reader.encode(part), strict=True)]
     mean, basis = principal(torch.cat(raw), reader.basis.shape[1])
     reader.mean, reader.basis = mean.half().float(), basis.half().float()
@@ -177,3 +177,76 @@ def train_emoji_bag(r: TextRecipe, **options) -> tuple[dict, dict]:
     kinds = held_out(data) | {f"paraphrases: {kind}": pairs for kind, pairs in paraphrases(data).items()}
     size = torch.tensor(sum(p.numel() for p in denoiser.net.parameters()))
     return {"parameters": size}, rounded(judged_texts(told, codec, denoiser, kinds)) | trained_on()
+
+
+# what ships: the model, tokens of some texts, so that the book needs no encoder, and what a few sentences are to the encoder
+
+SENTENCES = (
+    "a red three left of a blue seven", "a blue seven left of a red three", "a blue three left of a red seven", "a red seven left of a blue three",
+    "the weather is lovely today",
+)  # fmt: skip
+SOME_TEXTS = (
+    "a woman firefighter with medium-dark skin", "a lady astronaut", "female cook", "a chef with dark skin", "a cosmonaut with light skin",
+    "a sorcerer", "a red apple", "a fruit that is red", "a slice of pizza", "a big smile", "an angry face", "a frog", "a football", "green heart",
+    "the flag of ukraine", "a cop with medium skin", "woman firefighter", "firefighter woman", "a man farmer with dark skin", "a lady farmer with dark skin",
+)  # fmt: skip
+
+
+def store_sentences(recipe: dict) -> tuple[dict, dict]:
+    "The encoder's tokens of some sentences, in float16, one after the other, and how many each has."
+    found, there = encoded(recipe["texts"])
+    return {"tokens": found[there].half(), "lengths": there.sum(1)}, {}
+
+
+def sentence_tokens() -> dict[str, Float[Tensor, "_ 384"]]:
+    "The encoder's tokens of SENTENCES (artifact `minilm_sentences`)."
+    kept = artifact("minilm_sentences", store_sentences, {"texts": list(SENTENCES)})[0]
+    return dict(zip(SENTENCES, kept["tokens"].float().split(kept["lengths"].tolist()), strict=True))
+
+
+def some_paraphrases(each: int = 20) -> dict[str, tuple[list[str], list[int]]]:
+    "The paraphrases whose tokens are shipped."
+    return paraphrases(emoji(32), each)
+
+
+def store_texts(r: TextRecipe) -> tuple[dict, dict]:
+    "The components of the tokens of some texts, in 8 bits, one text after the other, the texts, and how many tokens each has."
+    texts = [*SOME_TEXTS, *(text for kind, _ in some_paraphrases().values() for text in kind)]
+    tokens = text_model()[0].net.context.tokens(texts)
+    scale = torch.cat(tokens).abs().amax(0) / 127
+    kept = (torch.cat(tokens) / scale).round().to(torch.int8)
+    letters = torch.tensor(list("\n".join(texts).encode()), dtype=torch.uint8)
+    return {"tokens": kept, "scale": scale, "lengths": torch.tensor([len(x) for x in tokens]), "texts": letters}, {}
+
+
+def text_recipe() -> TextRecipe:
+    return settings("text.emoji", TextRecipe)
+
+
+def text_model() -> tuple[NetDenoiser, TextRecipe]:
+    "The model that reads tokens of the frozen encoder (artifact `emoji_text`), in eval mode, and its recipe."
+    r = text_recipe()
+    denoiser = text_denoiser(r, emoji_latent_shape())
+    denoiser.net.load_state_dict(from_bytes(artifact("emoji_text", train_emoji_text, r)[0]))
+    return denoiser.eval().requires_grad_(False), r
+
+
+def emoji_text_model() -> tuple[NetDenoiser, TextRecipe]:
+    "The same; the tokens of SOME_TEXTS and `some_paraphrases` are at hand (artifact `emoji_texts`), for other texts it needs the encoder."
+    denoiser, r = text_model()
+    kept = artifact("emoji_texts", store_texts, r)[0]
+    texts = bytes(kept["texts"].tolist()).decode().split("\n")
+    tokens = (kept["tokens"] * kept["scale"]).split(kept["lengths"].tolist())
+    denoiser.net.context.known = dict(zip(texts, tokens, strict=True))
+    return denoiser, r
+
+
+def emoji_text() -> NetDenoiser:
+    "The model that draws emoji at 64×64 from free text, in latents, in eval mode."
+    return emoji_text_model()[0]
+
+
+def text_scores(name: str) -> dict:
+    "What the card of `emoji_text` or of `emoji_bag` tells."
+    make = {"emoji_text": train_emoji_text, "emoji_bag": train_emoji_bag}[name]
+    return artifact(name, make, text_recipe())[1]["metrics"]

@@ -4,15 +4,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_nb.codecs import latent_loss
 from diffusion_nb.denoisers import NetDenoiser
 from diffusion_nb.losses.simple import denoising_loss
-from diffusion_nb.models.minilm import MiniLM, load_minilm
 from diffusion_nb.nets.frozen import FrozenTokens, PooledTokens
 from diffusion_nb.nets.words import BagOfWords
 from diffusion_nb.recipes.diffusion import chosen
@@ -36,13 +36,15 @@ class TextRecipe(LatentRecipe):
     hidden: int = 192
     looks: tuple[int, ...] = ()
     steps: int = 7000
-    decay: str = "constant"
+    decay: Literal["cosine", "constant"] = "constant"
     ema: float = 0.999
 
 
 @cache
-def encoder() -> MiniLM:
+def encoder() -> nn.Module:
     "The published text encoder, loaded once."
+    from diffusion_nb.models.minilm import load_minilm
+
     return load_minilm()
 
 
@@ -69,7 +71,7 @@ def bag_denoiser(r: TextRecipe, shape: Sequence[int], words: Sequence[str]) -> N
     return around(r, r.network(shape[0], scale_shift=True, condition=bag))
 
 
-def around(r: TextRecipe, net: torch.nn.Module) -> NetDenoiser:
+def around(r: TextRecipe, net: nn.Module) -> NetDenoiser:
     return NetDenoiser(net, chosen(r)[0](), chosen(r)[1])
 
 
