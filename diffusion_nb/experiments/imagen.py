@@ -1,25 +1,42 @@
 """Emoji drawn from free text, by the tokens of a frozen encoder (notebook 21)."""
 
+import math
 import re
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, one_hot
 
 from diffusion_nb.codecs import Codec, latents
 from diffusion_nb.denoisers import Clip, NetDenoiser
-from diffusion_nb.emoji import TONES, Emoji, emoji, share, vocabulary, words
+from diffusion_nb.emoji import TONES, Emoji, emoji, share
 from diffusion_nb.experiments.artifacts import artifact
-from diffusion_nb.experiments.emoji import emoji_judge, judge_captions, training_pairs
+from diffusion_nb.experiments.emoji import (
+    EmojiJudge,
+    answered,
+    emoji_denoiser,
+    emoji_judge,
+    judge_captions,
+    share_right,
+    training_pairs,
+)
 from diffusion_nb.experiments.latent import emoji_codec, emoji_latent_shape, rounded
 from diffusion_nb.experiments.pictures import by_2m, from_bytes, in_bytes, trained_on
-from diffusion_nb.guidance import CFG
+from diffusion_nb.experiments.scenes import SCENES
+from diffusion_nb.guidance import CFG, DynamicThreshold
+from diffusion_nb.nets.efficient import EfficientUNet
 from diffusion_nb.nets.frozen import FrozenTokens, principal
 from diffusion_nb.recipes.settings import settings
-from diffusion_nb.recipes.text import TextRecipe, bag_denoiser, encoded, text_denoiser, text_trainer
+from diffusion_nb.recipes.text import (
+    TextRecipe,
+    encoded,
+    encoder,
+    text_denoiser,
+    text_trainer,
+)
 from diffusion_nb.util.checks import default_device
 
 # texts: what captions can be said as in training, and what is held out of it
@@ -101,22 +118,17 @@ def judged_texts(told: Callable, codec: Codec, denoiser: NetDenoiser, kinds: dic
 
 
 def held_out(data: Emoji) -> dict[str, tuple[list[str], list[int]]]:
-    "Captions and numbers of held-out combinations and pictures, and of 200 that were trained on."
+    "Captions and numbers of held-out combinations, of half of the held-out pictures, and of 100 that were trained on."
     trained = data.train.nonzero()[:, 0].tolist()
     kinds = {
         "held-out combinations": data.held_combinations.nonzero()[:, 0].tolist(),
-        "held-out pictures": data.held_pictures.nonzero()[:, 0].tolist(),
-        "trained on": trained[:: len(trained) // 200][:200],
+        "held-out pictures": data.held_pictures.nonzero()[::2, 0].tolist(),
+        "trained on": trained[:: len(trained) // 100][:100],
     }
     return {kind: ([data.captions[i] for i in which], which) for kind, which in kinds.items()}
 
 
-def of_known_words(texts: Sequence[str], known: Sequence[str]) -> list[str]:
-    "The texts without words that are not known."
-    return [" ".join(w for w in words(text) if w in known) for text in texts]
-
-
-# the two networks
+# the network
 
 
 def fit_tokens(reader: FrozenTokens, texts: Sequence[str]) -> None:
@@ -163,20 +175,6 @@ def judged_everywhere(told: Callable, codec: Codec, denoiser: NetDenoiser, data:
     "What the judge says of captions at each weight of guidance, and of paraphrases."
     ends = {f"w = {w:g}": judged_texts(told, codec, denoiser, held_out(data), w) for w in (0.0, 2.0, 5.0)}
     return ends | {"paraphrases": judged_texts(told, codec, denoiser, paraphrases(data))}
-
-
-def train_emoji_bag(r: TextRecipe, **options) -> tuple[dict, dict]:
-    "What the judge says of a network that counts words instead, after as many steps as the first look; words that it does not know are left out of what it is told."
-    data, codec = emoji(64), emoji_codec()
-    r, (x, texts, which) = replace(r, steps=r.looks[0], looks=()), training_texts(data)
-    denoiser = bag_denoiser(r, emoji_latent_shape(), vocabulary(texts))
-    bag = denoiser.net.label
-    z = latents(codec, x)[which]
-    denoiser = text_trainer(r, z, bag.told(texts), denoiser, device=default_device(), **options).fit().cpu().eval()
-    told = lambda texts: bag.told(of_known_words(texts, bag.words))
-    kinds = held_out(data) | {f"paraphrases: {kind}": pairs for kind, pairs in paraphrases(data).items()}
-    size = torch.tensor(sum(p.numel() for p in denoiser.net.parameters()))
-    return {"parameters": size}, rounded(judged_texts(told, codec, denoiser, kinds)) | trained_on()
 
 
 # what ships: the model, tokens of some texts, so that the book needs no encoder, and what a few sentences are to the encoder
@@ -246,7 +244,111 @@ def emoji_text() -> NetDenoiser:
     return emoji_text_model()[0]
 
 
-def text_scores(name: str) -> dict:
-    "What the card of `emoji_text` or of `emoji_bag` tells."
-    make = {"emoji_text": train_emoji_text, "emoji_bag": train_emoji_bag}[name]
-    return artifact(name, make, text_recipe())[1]["metrics"]
+def text_scores() -> dict:
+    "What the card of `emoji_text` tells."
+    return artifact("emoji_text", train_emoji_text, text_recipe())[1]["metrics"]
+
+
+# large weights of guidance
+
+
+THRESHOLDS = {"none": lambda guided: guided, "static": Clip, "dynamic": DynamicThreshold}
+
+
+def run_thresholds(recipe: dict) -> tuple[dict, dict]:
+    "Of the model of emoji at 32×32, for each way to hold guesses in range, each weight and each of three seeds: what `measured` tells."
+    data, judge, denoiser = emoji(32), emoji_judge(), emoji_denoiser()
+    which = data.held_combinations.nonzero()[:, 0].tolist()[:: recipe["every"]]
+    told = denoiser.net.label.told([data.captions[i] for i in which])
+    table = [
+        [[measured(judge, data, which, denoiser, way, w, told, seed * 2**20) for seed in recipe["seeds"]] for w in recipe["weights"]]
+        for way in THRESHOLDS.values()
+    ]  # fmt: skip
+    return {"table": torch.tensor(table)}, {}
+
+
+@torch.no_grad()
+def measured(judge: EmojiJudge, data: Emoji, which: Sequence[int], denoiser: NetDenoiser, way: Callable, w: float, told: Tensor, first: int) -> list[float]:  # fmt: skip
+    """Of drawings with guidance weight w, held in range in this way: the share of coordinates beyond ±1.02 in the guesses of the walk before they are held, and in the
+    drawings; their contrast, the standard deviation within a picture; the mean of their four corners, which are white; right roles and right tones."""
+    guided, outside = CFG(denoiser, w, denoiser.net.label.null), []
+    guided.register_forward_hook(lambda module, given, pred: outside.append(beyond(pred.x0)))
+    x = by_2m(way(guided), len(told), (3, 32, 32), 20, first, batch=50, y=told)
+    seen, right = judge(x.clamp(-1, 1)), answered(data, judge.answers)
+    corners, contrast = x.clamp(-1, 1)[:, :, [0, 0, -1, -1], [0, -1, 0, -1]], x.clamp(-1, 1).flatten(1).std(1)
+    shares = [share_right(seen[q], right[q][which]) for q in ("role", "tone")]
+    return [sum(outside) / len(outside), beyond(x), contrast.mean().item(), corners.mean().item(), *shares]
+
+
+def beyond(x: Tensor) -> float:
+    "The share of coordinates outside [-1.02, 1.02]."
+    return (x.abs() > 1.02).double().mean().item()
+
+
+THRESHOLDS_ASKED = {"weights": [1.0, 2.0, 4.0, 7.0, 15.0], "seeds": [1, 2, 3], "every": 12}
+
+
+def thresholds_found() -> Float[Tensor, "way weight seed 6"]:
+    "The table of `run_thresholds` (artifact `thresholds`)."
+    return artifact("thresholds", run_thresholds, THRESHOLDS_ASKED)[0]["table"]
+
+
+# what can be read off the encoder's vectors
+
+
+def run_probe(recipe: dict) -> tuple[dict, dict]:
+    """Which colour the digit named first has, and the one named last, told by a linear function of one vector: the share right of 400 held-out captions of two digits.
+
+    Rows: the mean of the tokens; the digit's own token; its token before the first layer, which knows nothing of the others. One column a seed.
+    """
+    found, there = zip(*(encoded([s.caption for s in SCENES[i : i + 100]]) for i in range(0, len(SCENES), 100)), strict=True)  # fmt: skip
+    x = torch.cat(found)  # all captions have the same number of tokens
+    plain = encoder().norm(encoder().word(encoder().numbers([s.caption for s in SCENES])))
+    shares = []
+    for seed in recipe["seeds"]:
+        order = torch.randperm(len(SCENES), generator=torch.Generator().manual_seed(seed))
+        ends = []
+        for place, colour in ((3, [s.colour for s in SCENES]), (-2, [s.other_colour for s in SCENES])):
+            features = (x.mean(1), x[:, place], plain[:, place])
+            ends.append([read_off(v[order], torch.tensor(colour)[order], 400) for v in features])
+        shares.append(torch.tensor(ends).mean(0))
+    return {"shares": torch.stack(shares, 1)}, {}
+
+
+def read_off(v: Float[Tensor, "n e"], answer: Tensor, held: int) -> float:
+    "The share of right answers to the first `held` rows by least squares, with a little ridge, on the others."
+    v = torch.cat([v, torch.ones(len(v), 1)], 1).double()
+    a, b = v[held:], one_hot(answer[held:]).double()
+    weights = torch.linalg.solve(a.T @ a + 1e-3 * len(a) * torch.eye(a.shape[1]).double(), a.T @ b)
+    return ((v[:held] @ weights).argmax(1) == answer[:held]).double().mean().item()
+
+
+PROBE = {"seeds": [0, 1, 2]}
+
+
+def probed() -> Float[Tensor, "3 seeds"]:
+    "The table of `run_probe` (artifact `minilm_probe`)."
+    return artifact("minilm_probe", run_probe, PROBE)[0]["shares"]
+
+
+# what the order of layers costs
+
+
+def time_efficient(recipe: dict) -> tuple[dict, dict]:
+    "How many times as long a step of training takes in the usual order of layers, by the time of one core, both in turn, the best of some rounds."
+    x, t, best = torch.randn(recipe["batch"], 3, recipe["size"], recipe["size"]), torch.full((recipe["batch"],), 500.0), {}  # fmt: skip
+    nets = {late: EfficientUNet(3, recipe["width"], late=late) for late in (False, True)}
+    for _ in range(recipe["rounds"] + 1):
+        for late, net in nets.items():
+            start = time.process_time()
+            net(x, t).square().mean().backward()
+            best[late] = min(best.get(late, math.inf), time.process_time() - start)
+    return {"seconds": torch.tensor([best[False], best[True]])}, {"ratio": round(best[True] / best[False], 2)} | recipe
+
+
+EFFICIENT = {"width": 64, "size": 64, "batch": 4, "rounds": 6}
+
+
+def efficient_scores() -> dict:
+    "What the card of `efficient_times` tells."
+    return artifact("efficient_times", time_efficient, EFFICIENT)[1]["metrics"]

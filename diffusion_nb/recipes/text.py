@@ -14,7 +14,6 @@ from diffusion_nb.codecs import latent_loss
 from diffusion_nb.denoisers import NetDenoiser
 from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.nets.frozen import FrozenTokens, PooledTokens
-from diffusion_nb.nets.words import BagOfWords
 from diffusion_nb.recipes.diffusion import chosen
 from diffusion_nb.recipes.latent import LatentRecipe
 from diffusion_nb.training.trainer import Trainer
@@ -60,25 +59,13 @@ def text_denoiser(r: TextRecipe, shape: Sequence[int]) -> NetDenoiser:
         torch.manual_seed(r.seed)
         tokens = FrozenTokens(encoded, r.length, r.encoded, r.kept, r.dim)
         mean = PooledTokens(r.kept, 4 * r.width, r.hidden)
-    return around(r, r.network(shape[0], scale_shift=True, context=tokens, condition=mean))
-
-
-def bag_denoiser(r: TextRecipe, shape: Sequence[int], words: Sequence[str]) -> NetDenoiser:
-    "The fresh network that counts these words instead."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(r.seed)
-        bag = BagOfWords(words, 4 * r.width, r.hidden)
-    return around(r, r.network(shape[0], scale_shift=True, condition=bag))
-
-
-def around(r: TextRecipe, net: nn.Module) -> NetDenoiser:
-    return NetDenoiser(net, chosen(r)[0](), chosen(r)[1])
+    schedule, predict, _ = chosen(r)
+    return NetDenoiser(r.network(shape[0], scale_shift=True, context=tokens, condition=mean), schedule(), predict)
 
 
 def text_trainer(r: TextRecipe, z: Float[Tensor, "n 2*c h w"], y: Tensor, denoiser: NetDenoiser, **options) -> Trainer:
     "The trainer of a model of latents z, means and deviations as `latents` makes them, told y. options: those of `Trainer`."
     loss = partial(latent_loss, loss=partial(denoising_loss, weight=chosen(r)[2]))
-    null = (denoiser.net.context or denoiser.net.label).null
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "x0: pictures are expected")  # latents go beyond [-1, 1]
-        return Trainer(denoiser, z, loss=loss, cond={"y": y}, null=null, **r.options(), **options)
+        return Trainer(denoiser, z, loss=loss, cond={"y": y}, null=denoiser.net.context.null, **r.options(), **options)
