@@ -19,10 +19,11 @@ def device_name(device) -> str:
 
 
 def load_model(name: str):
-    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-codec or emoji-latent."
+    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-codec, emoji-latent or emoji-text."
     from diffusion_nb.experiments.control import emoji_control_model
     from diffusion_nb.experiments.digits import digit_denoiser
     from diffusion_nb.experiments.emoji import emoji_model
+    from diffusion_nb.experiments.imagen import emoji_text_model
     from diffusion_nb.experiments.latent import emoji_codec, emoji_latent_model, emoji_latent_shape
     from diffusion_nb.experiments.pictures import cifar10_denoiser, fashion_denoiser, mnist_denoiser
     from diffusion_nb.models.model import About, Model
@@ -44,6 +45,9 @@ def load_model(name: str):
         "emoji-latent": lambda: with_recipe(
             "latent", emoji_latent_model(), emoji_latent_shape(), emoji_codec_model()
         ),
+        "emoji-text": lambda: with_recipe(
+            "text", emoji_text_model(), emoji_latent_shape(), emoji_codec_model()
+        ),
     }
     if name not in own:
         return Model.load(name)
@@ -56,7 +60,7 @@ def load_model(name: str):
 
 def reads_captions(model) -> bool:
     "Whether a model draws from captions."
-    return bool(getattr(model.about.recipe, "words", ()))
+    return model.about.family == "text" or bool(getattr(model.about.recipe, "words", ()))
 
 
 def reader_of(model):
@@ -98,7 +102,8 @@ def condition_of(model, n: int, label: str | None, prompt: str | None) -> dict:
     if reads_captions(model):
         if label is not None:
             raise ValueError("--label: this model draws from captions; say what with --prompt")
-        captions = SOME_CAPTIONS if prompt is None else [c for c in map(str.strip, prompt.split(";")) if c]
+        own = tuple(getattr(reader_of(model), "known", ())) or SOME_CAPTIONS  # of a text model those that need no encoder
+        captions = own[:16] if prompt is None else [c for c in map(str.strip, prompt.split(";")) if c]
         if not captions:
             raise ValueError("--prompt: expected a caption, such as 'red apple'; got none")
         return {"y": reader_of(model).told([captions[i % len(captions)] for i in range(n)])}

@@ -103,8 +103,7 @@ def paraphrases(data: Emoji, each: int = 60) -> dict[str, tuple[list[str], list[
 @torch.no_grad()
 def draw_told(codec: Codec, denoiser: NetDenoiser, y: Tensor, w: float = 2.0, steps: int = 20, first: int = 0) -> Float[Tensor, "n 3 64 64"]:  # fmt: skip
     "Pictures of what the network is told, by DPM-Solver++ 2M with guidance weight w, decoded; the i-th has seed `first` + i."
-    reader = denoiser.net.context or denoiser.net.label
-    guided = Clip(CFG(denoiser, w, reader.null) if w else denoiser, -6.0, 6.0)
+    guided = Clip(CFG(denoiser, w, denoiser.net.context.null) if w else denoiser, -6.0, 6.0)
     z = by_2m(guided, len(y), emoji_latent_shape(), steps, first, batch=100, y=y)
     return torch.cat([codec.decode(part).clamp(-1, 1) for part in z.split(100)])
 

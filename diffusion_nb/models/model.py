@@ -15,6 +15,7 @@ from diffusion_nb.recipes.diffusion import Recipe, Training, recipe_denoiser
 from diffusion_nb.recipes.dit import DiTRecipe, dit_denoiser
 from diffusion_nb.recipes.latent import AutoencoderRecipe, LatentRecipe, fresh_codec, latent_denoiser
 from diffusion_nb.recipes.settings import typed
+from diffusion_nb.recipes.text import TextRecipe, text_denoiser
 from diffusion_nb.recipes.vdm import VDMRecipe, vdm_denoiser
 from diffusion_nb.util.checks import check_numbers
 from diffusion_nb.util.storage import check_fits, own_tensors, read_weights, save_tensors, write_json
@@ -27,6 +28,7 @@ FAMILIES = {  # the kind of recipe, and what builds its network
     "control": (ControlRecipe, control_denoiser),
     "codec": (AutoencoderRecipe, fresh_codec),
     "latent": (LatentRecipe, latent_denoiser),
+    "text": (TextRecipe, text_denoiser),
     "student": (Recipe, recipe_denoiser),  # of progressive distillation
     "consistency": (Recipe, lambda r, shape: DenoiserConsistency(recipe_denoiser(r, shape))),
 }
@@ -91,7 +93,7 @@ class Model:
         denoiser, tensors = about.fresh(), read_weights(file)
         averaged = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
         fill(denoiser, averaged or tensors, f"{file}, by its model.json,")
-        codec = cls.load(folder / "codec") if about.family == "latent" else None
+        codec = cls.load(folder / "codec") if about.family in ("latent", "text") else None
         return cls(denoiser.eval().requires_grad_(False), about, codec)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:

@@ -35,7 +35,7 @@ class EfficientUNet(nn.Module):
         level = lambda c_in, c_out, n: nn.ModuleList(
             ResBlock(c_out if k else c_in, c_out, 4 * width, scale_shift=True, rescale=rescale) for k in range(n)
         )
-        pairs = list(zip(widths, widths[1:], blocks, strict=True))
+        pairs = list(zip(widths[:-1], widths[1:], blocks, strict=True))
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.down = nn.ModuleList(level(c_in, c_out, n) for c_in, c_out, n in pairs)
         self.up = nn.ModuleList(level(2 * c_out, c_in, n) for c_in, c_out, n in reversed(pairs))
