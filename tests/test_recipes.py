@@ -28,7 +28,7 @@ from diffusion_nb.recipes.latent import (
     latent_trainer,
 )
 from diffusion_nb.recipes.settings import settings
-from diffusion_nb.recipes.text import TextRecipe
+from diffusion_nb.recipes.words import WordsRecipe
 
 INI = configparser.ConfigParser(interpolation=None)
 INI.read(Path(__file__).parents[1] / "settings.ini", encoding="utf-8")
@@ -115,7 +115,7 @@ def test_recipes_of_stages_that_enlarge(profile):
 
 
 def test_the_recipe_of_texts_is_that_of_the_words_of_the_book(profile):
-    assert like(TextRecipe, word_recipe()) == settings("text.words", TextRecipe)
+    assert like(WordsRecipe, word_recipe()) == settings("words", WordsRecipe)
 
 
 def test_the_recipe_of_captions(profile):

@@ -27,8 +27,8 @@ from diffusion_nb.nets.unet import UNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.cascade import UpsamplerRecipe, upsampler_denoiser
 from diffusion_nb.recipes.cold import ColdModel, ColdRecipe, grey_levels
-from diffusion_nb.recipes.text import TextRecipe, fill_holes
 from diffusion_nb.recipes.unclip import UnclipNets, unclip_model
+from diffusion_nb.recipes.words import WordsRecipe, fill_holes
 from diffusion_nb.samplers.linear import dpmpp_2m
 from diffusion_nb.schedules import CosineSchedule
 
@@ -301,7 +301,7 @@ def test_lines_of_ones_own(tmp_path):
     model = str(tmp_path / "model")
     assert main(["train", "--data", str(tmp_path / "names.txt"), "--width", "16", *SHORT, "--out", model]) == 0
     about = Model.load(model).about
-    assert about.family == "text" and about.recipe.letters == " abenov" and about.recipe.length == 4
+    assert about.family == "words" and about.recipe.letters == " abenov" and about.recipe.length == 4
     assert main(["sample", "--model", model, "--prompt", "a__a;b", "--n", "4", "--out", str(tmp_path / "x"), *CPU]) == 0  # fmt: skip
     found = (tmp_path / "x/samples.txt").read_text().splitlines()
     assert found[0][0] == found[0][3] == "a" and found[1] == "b"
@@ -312,7 +312,7 @@ def test_lines_of_ones_own(tmp_path):
 
 
 def test_texts_and_their_numbers():
-    r = TextRecipe(letters=" ab", length=3)
+    r = WordsRecipe(letters=" ab", length=3)
     assert r.tokens(["a", "b_b"]).tolist() == [[1, 0, 0], [2, 3, 2]] and r.texts(r.tokens(["a", "b_b"])) == ["a", "b_b"]  # fmt: skip
     with pytest.raises(ValueError, match="got 'abab'"):
         r.tokens(["abab"])
@@ -321,16 +321,16 @@ def test_texts_and_their_numbers():
     with pytest.raises(ValueError, match="as many masks in each text; got 0, 1"):
         fill_holes(r, r.fresh().eval(), r.tokens(["aaa", "b_b"]), torch.arange(2))
     with pytest.raises(ValueError, match="expected a multiple of heads"):
-        TextRecipe(width=10, heads=4)
+        WordsRecipe(width=10, heads=4)
 
 
 def test_a_recipe_like_another():
-    made = systems.like(TextRecipe, TextRecipe(width=8, length=2), length=7)
+    made = systems.like(WordsRecipe, WordsRecipe(width=8, length=2), length=7)
     assert (made.width, made.length) == (8, 7)
 
 
 def test_each_text_has_its_seed():
-    r = TextRecipe(letters="ab", length=4, width=8, heads=2, depth=1)
+    r = WordsRecipe(letters="ab", length=4, width=8, heads=2, depth=1)
     net = r.fresh().eval()
     whole = written(net, r, ["____", "a__b", "____", "a__b"], 10, None)
     assert [written(net, r, [w], 10 + i, None)[0] for i, w in enumerate(["____", "a__b", "____", "a__b"])] == whole

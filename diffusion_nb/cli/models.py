@@ -19,11 +19,12 @@ def device_name(device) -> str:
 
 
 def load_model(name: str):
-    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-codec, emoji-latent, emoji-unclip, emoji-upsampler, cold-mnist or words."
+    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-codec, emoji-latent, emoji-text, emoji-unclip, emoji-upsampler, cold-mnist or words."
     from diffusion_nb.cli import systems
     from diffusion_nb.experiments.control import emoji_control_model
     from diffusion_nb.experiments.digits import digit_denoiser
     from diffusion_nb.experiments.emoji import emoji_model
+    from diffusion_nb.experiments.imagen import emoji_text_model
     from diffusion_nb.experiments.latent import emoji_codec, emoji_latent_model, emoji_latent_shape
     from diffusion_nb.experiments.pictures import cifar10_denoiser, fashion_denoiser, mnist_denoiser
     from diffusion_nb.models.model import About, Model
@@ -45,6 +46,7 @@ def load_model(name: str):
         "emoji-latent": lambda: with_recipe(
             "latent", emoji_latent_model(), emoji_latent_shape(), emoji_codec_model()
         ),
+        "emoji-text": lambda: with_recipe("text", emoji_text_model(), emoji_latent_shape(), emoji_codec_model()),
         "emoji-unclip": systems.unclip,
         "emoji-upsampler": systems.upsampler,
         "cold-mnist": systems.cold,
@@ -61,7 +63,7 @@ def load_model(name: str):
 
 def reads_captions(model) -> bool:
     "Whether a model draws from captions."
-    return bool(getattr(model.about.recipe, "words", ()))
+    return model.about.family == "text" or bool(getattr(model.about.recipe, "words", ()))
 
 
 def reader_of(model):
@@ -118,7 +120,10 @@ def condition_of(model, n: int, label: str | None, prompt: str | None, first: in
     if reads_captions(model):
         if label is not None:
             raise ValueError("--label: this model draws from captions; say what with --prompt")
-        asked = "; ".join(SOME_CAPTIONS) if prompt is None else prompt
+        own = (
+            tuple(getattr(reader_of(model), "known", ())) or SOME_CAPTIONS
+        )  # of a text model those that need no encoder
+        asked = "; ".join(own[:16]) if prompt is None else prompt
         return {"y": told(model, asked_in_turn(asked, n, "a caption, such as 'red apple'"), first)}
     if prompt is not None:
         raise ValueError("--prompt: this model draws from no captions; --model emoji does")

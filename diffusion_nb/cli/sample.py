@@ -14,7 +14,7 @@ from diffusion_nb.cli.models import condition_of, device_name, hint_of, load_mod
 @dataclass
 class Sample:
     model: str = "digits"
-    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-latent, which draws at 64×64, emoji-unclip, cold-mnist, or words, which writes."
+    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-latent and emoji-text, which draw at 64×64, emoji-unclip, cold-mnist, or words, which writes."
     n: Annotated[int, arg(aliases=["--pictures"])] = 64
     "How many pictures (torchrun takes --n for its own: say --pictures)."
     steps: int | None = None
@@ -24,7 +24,7 @@ class Sample:
     label: str | None = None
     "Draw this class only, not all in turn: its number or, for cifar10 and fashion-mnist, its name, such as ship."
     prompt: str | None = None
-    "For emoji: draw this caption, such as 'red apple'; for words: fill these holes, such as s___e; of several, with semicolons between them, each in turn."
+    "For emoji: draw this caption, such as 'red apple'; for words: fill these holes, such as s___e; of several, with semicolons between them, each in turn. emoji-text reads free text, with the text encoder of the extra [text]."
     hint: str | None = None
     "For emoji-outlines, and models of train --control: a picture, or a folder of pictures, whose dark lines (in colour) or bright strokes (grey) are to be followed."
     large: str | None = None
@@ -62,7 +62,7 @@ def sample(args: Sample) -> int:
     with process_group(cpu=args.device == "cpu") as team:
         device, model = torch.device(args.device) if args.device else team.device, load_model(args.model)
         check_sample(args, model)
-        if model.about.family != "text":
+        if model.about.family != "words":
             sample_pictures(args, model, device, team, out)
         elif team.rank == 0:
             sample_texts(args, model, device, out)
@@ -276,7 +276,14 @@ def bits(args: BitsOptions) -> int:
         raise ValueError(
             f"--model: a {loaded.about.family} model is no denoiser of a chain, and has no bound on its bits"
         )
-    if reads_captions(loaded) or loaded.about.family in ("control", "codec", "latent", "upsampler", "text"):
+    if reads_captions(loaded) or loaded.about.family in (
+        "control",
+        "codec",
+        "latent",
+        "upsampler",
+        "text",
+        "words",
+    ):
         raise ValueError(
             "--model: bits are of models of labelled pictures; one of captions, of latents, or with a control has none here"
         )

@@ -51,8 +51,8 @@ def cold() -> Model:
 def words() -> Model:
     "The network of English words with masks (notebook 26)."
     from diffusion_nb.experiments.words import word_net, word_recipe
-    from diffusion_nb.recipes.text import TextRecipe
+    from diffusion_nb.recipes.words import WordsRecipe
 
     net = word_net()
-    r = like(TextRecipe, word_recipe(), length=net.place.num_embeddings)
-    return Model(net, About("text", r, (1, 1, r.length), len(r.letters)))
+    r = like(WordsRecipe, word_recipe(), length=net.place.num_embeddings)
+    return Model(net, About("words", r, (1, 1, r.length), len(r.letters)))

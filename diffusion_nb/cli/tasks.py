@@ -99,7 +99,7 @@ def asked_emoji(size: int) -> Asked:
 def asked_texts(name: str) -> Asked:
     "The lines of a file, or the common words of notebook 26 without those that are held out. Raises ValueError where there are no texts, or a letter is the sign for a mask."
     from diffusion_nb.experiments.words import word_list
-    from diffusion_nb.recipes.text import HOLE
+    from diffusion_nb.recipes.words import HOLE
 
     lines = word_list().train if name == "words" else Path(name).read_text(encoding="utf-8").splitlines()
     texts = [line.rstrip() for line in lines if line.strip()]
@@ -236,20 +236,20 @@ def upsampler_task(args, asked: Asked, family: str) -> Task:
     return Task(family, r, trainer, asked.shape, levels=asked.levels)
 
 
-def text_task(args, asked: Asked, family: str) -> Task:
+def words_task(args, asked: Asked, family: str) -> Task:
     "A network that writes texts of one length, a letter at a time."
-    from diffusion_nb.recipes.text import TextRecipe, text_trainer
+    from diffusion_nb.recipes.words import WordsRecipe, words_trainer
 
     name = args.recipe or "words"
     letters = "".join(sorted({*"".join(asked.x), *([" "] if min(map(len, asked.x)) < asked.shape[2] else [])}))
-    r = changed(replace(args, recipe=name), asked, "text", TextRecipe)
+    r = changed(replace(args, recipe=name), asked, "words", WordsRecipe)
     r = replace(r, data=args.data, letters=letters, length=asked.shape[2])
-    return Task(family, r, partial(text_trainer, r, r.tokens(asked.x)), asked.shape, levels=asked.levels)
+    return Task(family, r, partial(words_trainer, r, r.tokens(asked.x)), asked.shape, levels=asked.levels)
 
 
 TASKS = {
     "diffusion": plain_task, "vdm": plain_task, "dit": plain_task, "captions": caption_task, "dit-captions": caption_task, "control": control_task,
-    "codec": codec_task, "latent": latent_task, "cold": cold_task, "upsampler": upsampler_task, "text": text_task,
+    "codec": codec_task, "latent": latent_task, "cold": cold_task, "upsampler": upsampler_task, "words": words_task,
 }  # fmt: skip
 KINDS = "vdm", "dit", "control", "codec", "latent", "cold", "upsampler"  # the options that name a kind of model
 
@@ -262,7 +262,7 @@ def family_of(args) -> str:
     if args.data == "words" or args.data.endswith(".txt"):
         if chosen:
             raise ValueError(f"--{chosen[0]}: not for texts, which one kind of network writes")
-        return "text"
+        return "words"
     if args.data == "emoji" and chosen in ([], ["dit"]):
         return "dit-captions" if chosen else "captions"
     return chosen[0] if chosen else "diffusion"

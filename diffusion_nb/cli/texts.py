@@ -44,7 +44,7 @@ def written(net, r, wanted: list[str], first: int, steps: int | None) -> list[st
     "Texts with their holes filled; the i-th has seed first + i, whatever the others are."
     import torch
 
-    from diffusion_nb.recipes.text import fill_holes
+    from diffusion_nb.recipes.words import fill_holes
 
     try:
         x = r.tokens(wanted)

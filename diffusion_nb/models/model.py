@@ -17,9 +17,10 @@ from diffusion_nb.recipes.diffusion import Recipe, Training, recipe_denoiser
 from diffusion_nb.recipes.dit import DiTCaptionRecipe, DiTRecipe, dit_caption_denoiser, dit_denoiser
 from diffusion_nb.recipes.latent import AutoencoderRecipe, LatentRecipe, fresh_codec, latent_denoiser
 from diffusion_nb.recipes.settings import typed
-from diffusion_nb.recipes.text import TextRecipe
+from diffusion_nb.recipes.text import TextRecipe, text_denoiser
 from diffusion_nb.recipes.unclip import UnclipNets, unclip_model
 from diffusion_nb.recipes.vdm import VDMRecipe, vdm_denoiser
+from diffusion_nb.recipes.words import WordsRecipe
 from diffusion_nb.util.checks import check_numbers
 from diffusion_nb.util.storage import check_fits, own_tensors, read_weights, save_tensors, write_json
 
@@ -32,10 +33,11 @@ FAMILIES = {  # the kind of recipe, and what builds its network
     "control": (ControlRecipe, control_denoiser),
     "codec": (AutoencoderRecipe, fresh_codec),
     "latent": (LatentRecipe, latent_denoiser),
+    "text": (TextRecipe, text_denoiser),
     "upsampler": (UpsamplerRecipe, lambda r, shape: upsampler_denoiser(r, shape[0])),
     "unclip": (UnclipNets, unclip_model),
     "cold": (ColdRecipe, ColdModel),
-    "text": (TextRecipe, lambda r, shape: r.fresh()),
+    "words": (WordsRecipe, lambda r, shape: r.fresh()),
     "student": (Recipe, recipe_denoiser),  # of progressive distillation
     "consistency": (Recipe, lambda r, shape: DenoiserConsistency(recipe_denoiser(r, shape))),
 }
@@ -100,7 +102,7 @@ class Model:
         denoiser, tensors = about.fresh(), read_weights(file)
         averaged = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
         fill(denoiser, averaged or tensors, f"{file}, by its model.json,")
-        codec = cls.load(folder / "codec") if about.family == "latent" else None
+        codec = cls.load(folder / "codec") if about.family in ("latent", "text") else None
         return cls(denoiser.eval().requires_grad_(False), about, codec)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:

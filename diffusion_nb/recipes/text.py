@@ -1,88 +1,75 @@
-"""Recipes of networks that write texts of one length, a letter at a time, by masks."""
+"""Recipes of models of latents that read the tokens of a frozen text encoder."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Literal
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
-from diffusion_nb.corruption import MaskTokens, ancestral, kept
-from diffusion_nb.losses.discrete import mask_loss
-from diffusion_nb.nets.text import TextNet
-from diffusion_nb.noise import Noise
-from diffusion_nb.recipes.diffusion import Training
-from diffusion_nb.samplers.discrete import Drawn, TokenGuess, one_change
-from diffusion_nb.time_samplers import chain_times
+from diffusion_nb.codecs import latent_loss
+from diffusion_nb.denoisers import NetDenoiser
+from diffusion_nb.losses.simple import denoising_loss
+from diffusion_nb.nets.frozen import FrozenTokens, PooledTokens
+from diffusion_nb.recipes.diffusion import chosen
+from diffusion_nb.recipes.latent import LatentRecipe
 from diffusion_nb.training.trainer import Trainer
-from diffusion_nb.util.checks import check_numbers
-
-HOLE = "_"
 
 
 @dataclass(frozen=True)
-class TextRecipe(Training):
-    "A transformer of texts of `length` of these letters, whose letters are masked, and its training."
+class TextRecipe(LatentRecipe):
+    """A diffusion model of latents that reads the tokens of a frozen encoder, and its training.
 
-    data: str = "words"
-    letters: str = "abcdefghijklmnopqrstuvwxyz"
-    length: int = 5
-    width: int = 64
-    depth: int = 3
-    heads: int = 4
-    dropout: float = 0.1
-    steps: int = 5000
-    batch: int = 128
-    lr: float = 0.004
-    warmup: int = 200
-    beta2: float = 0.98
+    encoded: the width of the encoder. kept: how many principal components of its tokens. hidden: the width of the layers behind their mean. looks: after how many steps it is judged.
+    """
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_numbers(length=(self.length, 1), width=(self.width, 1), depth=(self.depth, 1), heads=(self.heads, 1))
-        if self.width % self.heads:
-            raise ValueError(f"width: expected a multiple of heads, {self.heads}; got {self.width}")
-
-    def fresh(self) -> TextNet:
-        "The network, not trained, from the recipe's seed."
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return TextNet(len(self.letters), self.length, self.width, self.depth, self.heads, self.dropout)
-
-    def tokens(self, texts: Sequence[str]) -> Int[Tensor, "n L"]:
-        "Texts as numbers of letters, shorter ones filled up with spaces where the space is a letter; _ is the mask. Raises ValueError for what does not fit."
-        known = {c: i for i, c in enumerate(self.letters)} | {HOLE: len(self.letters)}
-        filled = [text.ljust(self.length) if " " in known else text for text in texts]
-        for text in filled:
-            if len(text) != self.length or set(text) - known.keys():
-                raise ValueError(f"expected texts of {self.length} of the letters {self.letters!r}, with _ for a letter that is to be found; got {text!r}")  # fmt: skip
-        return torch.tensor([[known[c] for c in text] for text in filled])
-
-    def texts(self, x: Int[Tensor, "n L"]) -> list[str]:
-        "The texts of such numbers, without spaces at their ends."
-        return ["".join((self.letters + HOLE)[i] for i in row).rstrip(" ") for row in x.tolist()]
+    data: str = "emoji"
+    width: int = 48
+    dim: int = 48
+    length: int = 24
+    encoded: int = 384
+    kept: int = 96
+    hidden: int = 192
+    looks: tuple[int, ...] = ()
+    steps: int = 7000
+    decay: Literal["cosine", "constant"] = "constant"
+    ema: float = 0.999
 
 
-def text_trainer(r: TextRecipe, x: Int[Tensor, "n L"], *, denoiser: TextNet | None = None, **options) -> Trainer:
-    "The trainer of a network of texts x. options: those of `Trainer`."
-    loss = partial(mask_loss, corruption=MaskTokens(len(r.letters)))
-    return Trainer(denoiser or r.fresh(), x, loss=loss, time_sampler=chain_times(r.length), **r.options(), **options)  # fmt: skip
+@cache
+def encoder() -> nn.Module:
+    "The published text encoder, loaded once."
+    from diffusion_nb.models.minilm import load_minilm
+
+    return load_minilm()
 
 
 @torch.no_grad()
-def fill_holes(r: TextRecipe, net: TextNet, x: Int[Tensor, "n L"], seeds: Int[Tensor, " n"], steps: int | None = None) -> Int[Tensor, "n L"]:  # fmt: skip
-    """Texts with their masks, as many in each, replaced: one by one, in an order that is drawn; in fewer steps, several at a time, which then do not see each other. The i-th has seed seeds[i].
+def encoded(texts: Sequence[str]) -> tuple[Float[Tensor, "n m e"], Bool[Tensor, "n m"]]:
+    "The tokens of texts by the published encoder, and which are there. Raises ImportError where it is not installed."
+    return encoder()(texts)
 
-    Raises ValueError where texts differ in their number of masks.
-    """
-    mask = len(r.letters)
-    holes = (x == mask).sum(1).unique().tolist()
-    if len(holes) != 1:
-        raise ValueError(f"x: expected as many masks in each text; got {', '.join(map(str, holes))}")
-    m, noise = holes[0], Noise(seeds, (r.length,), x.device)
-    guess = TokenGuess(net, mask)
-    if steps is None or steps >= m:
-        return ancestral(MaskTokens(mask), guess, x, torch.arange(m, -1, -1) / r.length, one_change, noise=noise) if m else x  # fmt: skip
-    grid = torch.linspace(m, 0, steps + 1, dtype=torch.float64).round()
-    return ancestral(MaskTokens(mask), Drawn(guess, noise), x, grid / r.length, kept, noise=noise)
+
+def text_denoiser(r: TextRecipe, shape: Sequence[int]) -> NetDenoiser:
+    "The fresh network of a recipe, for latents of this shape: tokens by cross-attention, and their mean beside the time."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(r.seed)
+        tokens = FrozenTokens(encoded, r.length, r.encoded, r.kept, r.dim)
+        mean = PooledTokens(r.kept, 4 * r.width, r.hidden)
+    schedule, predict, _ = chosen(r)
+    return NetDenoiser(r.network(shape[0], scale_shift=True, context=tokens, condition=mean), schedule(), predict)
+
+
+def text_trainer(
+    r: TextRecipe, z: Float[Tensor, "n 2*c h w"], y: Tensor, denoiser: NetDenoiser, **options
+) -> Trainer:
+    "The trainer of a model of latents z, means and deviations as `latents` makes them, told y. options: those of `Trainer`."
+    loss = partial(latent_loss, loss=partial(denoising_loss, weight=chosen(r)[2]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "x0: pictures are expected")  # latents go beyond [-1, 1]
+        return Trainer(
+            denoiser, z, loss=loss, cond={"y": y}, null=denoiser.net.context.null, **r.options(), **options
+        )
