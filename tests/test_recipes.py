@@ -115,7 +115,7 @@ def test_recipes_of_stages_that_enlarge(profile):
 
 
 def test_the_recipe_of_texts_is_that_of_the_words_of_the_book(profile):
-    assert like(WordsRecipe, word_recipe()) == settings("words", WordsRecipe)
+    assert like(WordsRecipe, word_recipe()) == settings("words.english", WordsRecipe)
 
 
 def test_the_recipe_of_captions(profile):
@@ -158,7 +158,7 @@ def test_no_section_is_left_out():
     others = [
         s
         for s in NAMES
-        if not s.startswith(("recipe.", "vdm.", "dit.", "codec.", "latent.", "consistency.", "distill.", "text."))
+        if not s.startswith(("recipe.", "vdm.", "dit.", "codec.", "latent.", "consistency.", "distill.", "text.", "words."))
         and s != "20_cascade.pictures"
     ]
     text = "".join(

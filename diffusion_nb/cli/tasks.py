@@ -240,7 +240,7 @@ def words_task(args, asked: Asked, family: str) -> Task:
     "A network that writes texts of one length, a letter at a time."
     from diffusion_nb.recipes.words import WordsRecipe, words_trainer
 
-    name = args.recipe or "words"
+    name = args.recipe or "english"
     letters = "".join(sorted({*"".join(asked.x), *([" "] if min(map(len, asked.x)) < asked.shape[2] else [])}))
     r = changed(replace(args, recipe=name), asked, "words", WordsRecipe)
     r = replace(r, data=args.data, letters=letters, length=asked.shape[2])
