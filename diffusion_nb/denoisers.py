@@ -227,7 +227,7 @@ class VEView(Denoiser):
 class X0EpsDenoiser(Denoiser):
     """sigma² x̂ + alpha (x_t - sigma ε̂): the prediction of a network with two outputs, x̂ as `x0` and ε̂ as `extra`; variance preserving. (VDM-both)
 
-    denoiser: such as `NetDenoiser(UNet(1, …, channels_out=2), schedule, predict_x0)`. Raises ValueError where it says nothing in `extra`.
+    denoiser: such as `NetDenoiser(UNet(1, …, channels_out=2), schedule, predict_x0)`. Raises ValueError where it gives no `extra`.
     """
 
     def __init__(self, denoiser: Denoiser):
@@ -265,7 +265,7 @@ class TimeWarped(Denoiser):
 
 # %% ../nbs/16_vdm.ipynb #c2955d6f
 def predict_noise_change(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    "(c_skip, c_out) for a network that says what to add to x_t to give the noise; not where alpha = 0. (VDM's program)"
+    "(c_skip, c_out) for a network whose output, added to x_t, gives the noise; not where alpha = 0. (VDM's program)"
     return (1 - sigma) / alpha, -sigma / alpha
 
 # %% ../nbs/18_consistency.ipynb #0f34a46e
@@ -292,7 +292,7 @@ class Consistency(nn.Module):
     ----------
     net: called as net(x, time (B,), **cond); its output is shaped like x.
     schedule: with alpha = 1, such as `EDMSchedule` or `RescaledSchedule(CosineSchedule())`. end: the time of the boundary.
-    sigma_data: the spread of the data. c_noise: t ↦ the time as the network is told it.
+    sigma_data: the spread of the data. c_noise: t ↦ the time as the network is given it.
     t is one time, or one per sample, not below `end`. Raises ValueError for a schedule in which alpha is not 1.
     """
 

@@ -118,7 +118,7 @@ class GuidedRecipe:
 
 
 def guidance_conditioned_denoiser(most: float) -> NetDenoiser:
-    "The digit model, told w but not yet listening."
+    "The digit model with w as one more input, which it ignores before training."
     model = digit_denoiser()
     return NetDenoiser(GuidanceConditionedUNet(model.net, most), model.schedule, model.predict).requires_grad_(
         True
@@ -162,7 +162,7 @@ def run_guided(r: GuidedRecipe) -> tuple[dict, dict]:
 
 
 def guided_student() -> tuple[NetDenoiser, Float[Tensor, "ways weights 3"]]:
-    "The student of few steps that is told w, and the table of `run_guided` (artifact `distilled_guided`, made by [distill.guided])."
+    "The student of few steps that is given w, and the table of `run_guided` (artifact `distilled_guided`, made by [distill.guided])."
     r = settings("distill.guided", GuidedRecipe)
     tensors, _ = artifact("distilled_guided", run_guided, r)
     table, student = tensors.pop("table"), guidance_conditioned_denoiser(r.most)

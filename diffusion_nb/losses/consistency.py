@@ -94,7 +94,7 @@ def consistency_distillation(teacher: Denoiser, levels: LevelSampler, step: Call
     ----------
     teacher: with alpha = 1, such as `VEView(Clip(denoiser))`. levels: t is one of its upper times (make it the Trainer's `time_sampler`).
     step: `euler_step`, `heun_step`. distance: (a, b) ↦ one number per sample, such as `mse`, `pseudo_huber()`.
-    target: who answers for the lower point: f itself if not given, or an average such as `trainer.average`. weight: (sigma_t, sigma_s) ↦ λ.
+    target: what computes the value at the lower point: f itself if not given, or an average such as `trainer.average`. weight: (sigma_t, sigma_s) ↦ λ.
     Raises ValueError for a teacher in whose schedule alpha is not 1.
     """
     check_scale(teacher.schedule)

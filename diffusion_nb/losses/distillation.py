@@ -86,7 +86,7 @@ def check_student(student: Denoiser, teacher: Denoiser, t: Float[Tensor, "*b"], 
 
 # %% ../../nbs/17_distillation.ipynb #2089a634
 def guided_loss(teacher: Denoiser, null: int, weight: Callable = truncated_snr) -> Callable:
-    """The objective that teaches a student told w what CFG makes of two guesses, (w+1) x̂0(y) - w x̂0(null). (Meng et al. 2023, stage one)
+    """The objective that teaches a student, which is given w, what CFG computes from two predictions, (w+1) x̂0(y) - w x̂0(null). (Meng et al. 2023, stage one)
 
     The objective takes y and w, one per sample. Raises ValueError as `CFG` does.
     """

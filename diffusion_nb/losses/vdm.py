@@ -46,7 +46,7 @@ def vdm_loss(levels: int) -> Callable:
     """The loss (denoiser, x0, t, eps, **cond) ↦ prior + diffusion + reconstruction in nats a coordinate, for `Trainer`. (VDM-learn, VDM-elbo)
 
     denoiser: a `TimeWarped` one over a `LinearGamma`, else a ValueError. Network and ends get the gradient of the bound, the warp that of its variance.
-    The data's levels go from -1 to 1; VDM's program has the middles of bins, (x + ½)/128 - 1, and adds the noise of the last step before rounding.
+    The data's levels go from -1 to 1; VDM's program has the middles of bins, (x + ½)/128 - 1.
     """
 
     def loss(denoiser, x0, t, eps, **cond):

@@ -77,7 +77,7 @@ def check_weights(w: Tensor, most: float) -> None:
 
 
 class GuidanceConditionedUNet(nn.Module):
-    """A copy of `net` that is told the weight w of the guidance as one more input channel, w / most everywhere. (Meng et al. 2023, sec. 3.1)
+    """A copy of `net` that is given the weight w of the guidance as one more input channel, w / most everywhere. (Meng et al. 2023, sec. 3.1)
 
     The new channel starts with weights 0, so that at first the network ignores it. Called as (x, t, y, w), w one number or one per sample,
     from 0 to `most`. Raises ValueError for others (not on a GPU).

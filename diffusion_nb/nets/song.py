@@ -108,7 +108,7 @@ class SongUNet(nn.Module):
         self.head = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, channels, 3, padding=1)))
 
     def told(self, t: Tensor, y: Tensor | None, augment: Tensor | None) -> Float[Tensor, "b wide"]:
-        "What the blocks hear: the time, the label, the augmentation."
+        "What the blocks are given: the time, the label, the augmentation."
         emb = self.fourier(t) if self.fourier is not None else time_embedding(t, self.dim)
         if self.label is not None:
             one = F.one_hot(y, self.classes + 1)[:, :-1].to(emb.dtype)
