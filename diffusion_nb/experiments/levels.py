@@ -32,13 +32,13 @@ FOUR = tuple(WAYS)[:4]  # both schedules, with L_simple and with L_hybrid
 class LevelsRecipe(Training):
     "Networks on MNIST, and how many held-out pictures are counted."
 
-    steps: int = 2000
+    steps: int = 1500
     lr: float = 0.002
     ema: float = 0.995
     T: int = 1000
     levels: int = 256
     width: int = 24
-    judged: int = 128
+    judged: int = 64
 
 
 def levels_denoiser(r: LevelsRecipe, betas: Callable, channels_out: int) -> NetDenoiser:
