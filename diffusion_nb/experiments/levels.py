@@ -32,7 +32,7 @@ FOUR = tuple(WAYS)[:4]  # both schedules, with L_simple and with L_hybrid
 class LevelsRecipe(Training):
     "Networks on MNIST, and how many held-out pictures are counted."
 
-    steps: int = 1500
+    steps: int = 1000
     lr: float = 0.002
     ema: float = 0.995
     T: int = 1000
