@@ -18,7 +18,7 @@ from diffusion_nb.experiments.digits import draw_digits
 from diffusion_nb.experiments.evaluation import evaluate, reference
 from diffusion_nb.experiments.judge import digit_judge, mnist_judge
 from diffusion_nb.experiments.latent import mnist_codec
-from diffusion_nb.experiments.pictures import halved, judge_pictures, trained_on
+from diffusion_nb.experiments.pictures import OF_MNIST, halved, judge_pictures, trained_on
 from diffusion_nb.experiments.reference import reference as mnist_reference
 from diffusion_nb.experiments.variance import LEVELS, fixed_steps, handover
 from diffusion_nb.grids import edm_grid, truncated_grid
@@ -313,7 +313,7 @@ def train_mnist_dit(r: DiTRecipe) -> tuple[dict, dict]:
     data = data_set(r.data).load()
     fresh = dit_denoiser(r, tuple(data.x.shape[1:]))
     denoiser = recipe_trainer(r, data.x, data.y, denoiser=fresh).fit()
-    return halved(denoiser.net), judge_pictures(denoiser, data, mnist_judge(), 0.5) | trained_on()
+    return halved(denoiser.net), judge_pictures(denoiser, data, mnist_judge(), OF_MNIST) | trained_on()
 
 
 def mnist_dit() -> NetDenoiser:

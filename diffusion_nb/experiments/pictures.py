@@ -14,7 +14,7 @@ from diffusion_nb.denoisers import Clip, Denoiser, NetDenoiser
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.judge import JudgeRecipe, accuracy_of, fashion_judge, mnist_judge
 from diffusion_nb.grids import edm_grid
-from diffusion_nb.guidance import CFG
+from diffusion_nb.guidance import CFG, interval
 from diffusion_nb.metrics.features import frechet_distance
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import Recipe, recipe, recipe_denoiser, recipe_trainer
@@ -190,55 +190,75 @@ def by_2m(
     return torch.cat(drawn)
 
 
-def draw_pictures(denoiser: NetDenoiser, y: Int[Tensor, " n"], w: float = 1.0, steps: int = 20, first: int = 0, shape: Sequence[int] = (3, 32, 32)) -> Float[Tensor, "n c h w"]:  # fmt: skip
-    "Pictures of these classes, by DPM-Solver++ 2M with guidance weight w; shape: of one picture."
+def draw_pictures(denoiser: NetDenoiser, y: Int[Tensor, " n"], w: float | Callable = 1.0, steps: int = 20, first: int = 0, shape: Sequence[int] = (3, 32, 32)) -> Float[Tensor, "n c h w"]:  # fmt: skip
+    "Pictures of these classes, by DPM-Solver++ 2M with guidance weight w, or t ↦ w; shape: of one picture."
     guided = Clip(CFG(denoiser, w, denoiser.net.label.num_embeddings - 1))
     return by_2m(guided, len(y), shape, steps, first, y=y)
 
 
+@dataclass(frozen=True)
+class Guided:
+    "The guidance with which a model is judged: weight w up to the time `until`, and none before."
+
+    w: float
+    until: float = 1.0
+
+    @property
+    def weight(self) -> float | Callable[[Tensor], Tensor]:
+        return interval(self.w, 0.0, self.until) if self.until < 1 else self.w
+
+    def __str__(self) -> str:
+        return f"w = {self.w:g}" + f" for t ≤ {self.until:g}" * (self.until < 1)
+
+
+OF_CIFAR10, OF_MNIST, OF_FASHION = Guided(1.0), Guided(0.5), Guided(1.5, 0.85)
+
+
 @torch.no_grad()
 def judge_pictures(
-    denoiser: NetDenoiser, data: Pictures, judge: nn.Module, w: float = 1.0, n: int = 1000, batch: int = 100
+    denoiser: NetDenoiser, data: Pictures, judge: nn.Module, guided: Guided, n: int = 1000, batch: int = 100
 ) -> dict[str, float]:
     "What the judge says of n drawings, and of n held-out pictures: the share that is given its class, and the Fréchet distance to the training pictures."
     y, shape = torch.arange(n) % 10, tuple(data.x.shape[1:])
-    x = torch.cat([draw_pictures(denoiser, part, w, first=2**20 + i * batch, shape=shape) for i, part in enumerate(tqdm(y.split(batch), desc="drawing", leave=False))])  # fmt: skip
+    x = torch.cat([draw_pictures(denoiser, part, guided.weight, first=2**20 + i * batch, shape=shape) for i, part in enumerate(tqdm(y.split(batch), desc="drawing", leave=False))])  # fmt: skip
     seen = lambda pictures: torch.cat([judge.features(part) for part in pictures.split(500)])
     real, drawn, held = seen(data.x[:10_000]), seen(x.cpu()), seen(data.x_test[:n])
     return {
-        f"given their class, w = {w:g}": round((judge.head(drawn).argmax(1) == y).double().mean().item(), 4),
+        f"given their class, {guided}": round((judge.head(drawn).argmax(1) == y).double().mean().item(), 4),
         "held-out pictures given theirs": round((judge.head(held).argmax(1) == data.y_test[:n]).double().mean().item(), 4),
-        f"Fréchet distance, w = {w:g}": round(frechet_distance(drawn, real), 3),
+        f"Fréchet distance, {guided}": round(frechet_distance(drawn, real), 3),
         "Fréchet distance of held-out pictures": round(frechet_distance(held, real), 3),
     }  # fmt: skip
 
 
-def train_judged(r: Recipe, judge: nn.Module, w: float) -> tuple[dict, dict]:
-    "The weights of a model of pictures, in float16, and the judge's verdict; on a GPU compiled, in bfloat16."
+def train_judged(r: Recipe, judge: nn.Module, guided: Guided, pack: Callable = in_bytes) -> tuple[dict, dict]:
+    "The weights of a model of pictures, as `pack` keeps them, and the judge's verdict on the model that comes back from them; on a GPU compiled, in bfloat16."
     data, on_gpu = data_set(r.data).load(), torch.cuda.is_available()
     denoiser = recipe_trainer(r, data.x, data.y, bf16=on_gpu, compile=on_gpu).fit()
-    return halved(denoiser.net), judge_pictures(denoiser, data, judge, w) | trained_on()
+    weights = pack(denoiser.net)
+    denoiser.net.load_state_dict(from_bytes(weights))
+    return weights, judge_pictures(denoiser, data, judge, guided) | trained_on()
 
 
 def train_pictures(r: Recipe) -> tuple[dict, dict]:
     "The model of CIFAR-10, with what its judge says."
-    return train_judged(r, cifar10_judge(), 1.0)
+    return train_judged(r, cifar10_judge(), OF_CIFAR10)
 
 
 def train_mnist(r: Recipe) -> tuple[dict, dict]:
     "The model of MNIST, with what its judge says."
-    return train_judged(r, mnist_judge(), 0.5)
+    return train_judged(r, mnist_judge(), OF_MNIST, halved)
 
 
 def train_fashion(r: Recipe) -> tuple[dict, dict]:
     "The model of Fashion-MNIST, with what its judge says."
-    return train_judged(r, fashion_judge(), 0.5)
+    return train_judged(r, fashion_judge(), OF_FASHION)
 
 
 def kept_denoiser(name: str, make: Callable, r: Recipe, shape: Sequence[int]) -> NetDenoiser:
     "The model that the artifact `name` keeps, in eval mode, without gradients."
     denoiser = recipe_denoiser(r, shape)
-    denoiser.net.load_state_dict(artifact(name, make, r)[0])
+    denoiser.net.load_state_dict(from_bytes(artifact(name, make, r)[0]))
     return denoiser.eval().requires_grad_(False)
 
 

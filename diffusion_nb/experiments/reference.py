@@ -16,6 +16,10 @@ from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.emoji import draw_captions, emoji_denoiser, emoji_judge
 from diffusion_nb.experiments.judge import fashion_judge, mnist_judge
 from diffusion_nb.experiments.pictures import (
+    OF_CIFAR10,
+    OF_FASHION,
+    OF_MNIST,
+    Guided,
     cifar10_denoiser,
     cifar10_judge,
     draw_pictures,
@@ -28,17 +32,17 @@ from diffusion_nb.training.report import nearest_pictures
 
 
 class Judged(NamedTuple):
-    "A set of pictures with its judge, the model that comes with the book, and the guidance weight at which that is judged."
+    "A set of pictures with its judge, the model that comes with the book, and the guidance with which that is judged."
 
     judge: Callable[[], nn.Module]
     model: Callable[[], nn.Module]
-    w: float
+    guided: Guided
 
 
 JUDGED = {
-    "mnist": Judged(mnist_judge, mnist_denoiser, 0.5),
-    "fashion-mnist": Judged(fashion_judge, fashion_denoiser, 0.5),
-    "cifar10": Judged(cifar10_judge, cifar10_denoiser, 1.0),
+    "mnist": Judged(mnist_judge, mnist_denoiser, OF_MNIST),
+    "fashion-mnist": Judged(fashion_judge, fashion_denoiser, OF_FASHION),
+    "cifar10": Judged(cifar10_judge, cifar10_denoiser, OF_CIFAR10),
 }
 
 
@@ -71,9 +75,9 @@ def features(judge: nn.Module, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 
 def make_references(r: ReferenceRecipe) -> tuple[dict, dict]:
     "The references of all sets, in float16, and the scores of their models; needs the data sets."
     tensors, metrics = {}, {}
-    for name, (judge_of, model_of, w) in JUDGED.items():
+    for name, (judge_of, model_of, guided) in JUDGED.items():
         data, judge, model, n = data_set(name).load(), judge_of(), model_of(), r.drawn
-        y, draw = torch.arange(n) % 10, partial(draw_pictures, model, w=w, shape=data.x.shape[1:])
+        y, draw = torch.arange(n) % 10, partial(draw_pictures, model, w=guided.weight, shape=data.x.shape[1:])
         bar = tqdm(y.split(100), desc=f"drawing {name}", leave=False)
         x = torch.cat([draw(part, first=2**20 + 100 * i) for i, part in enumerate(bar)]).clamp(-1, 1)
         found = Reference(
@@ -86,7 +90,9 @@ def make_references(r: ReferenceRecipe) -> tuple[dict, dict]:
         )
         made = Reference(*(v.half() if v.is_floating_point() else v for v in found))
         tensors |= {f"{name}.{k}": v for k, v in made._asdict().items()}
-        metrics[name] = {"w": w, "pictures": n, "classes": 10, "of each": n // 10} | scores(name, made, y)
+        metrics[name] = {"guided": str(guided), "pictures": n, "classes": 10, "of each": n // 10} | scores(
+            name, made, y
+        )
     of_emoji, said = emoji_scores()
     return tensors | of_emoji, metrics | said
 
