@@ -158,7 +158,7 @@ def run_guided(r: GuidedRecipe) -> tuple[dict, dict]:
     names = ["CFG", *(f"student of {n}" for n in students), f"CFG in {r.n_to} steps"]
     metrics = {name: ", ".join(f"w = {w:g}: Fréchet {f:.2f}, recognised {k:.3f}, variety {v:.2f}" for w, (f, k, v) in zip(r.weights, row, strict=True))
                for name, row in zip(names, rows, strict=True)}  # fmt: skip
-    return students[r.n_to].net.state_dict() | {"table": torch.tensor(rows)}, metrics
+    return halved(students[r.n_to].net) | {"table": torch.tensor(rows)}, metrics
 
 
 def guided_student() -> tuple[NetDenoiser, Float[Tensor, "ways weights 3"]]:

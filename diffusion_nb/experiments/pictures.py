@@ -231,13 +231,11 @@ def judge_pictures(
     }  # fmt: skip
 
 
-def train_judged(r: Recipe, judge: nn.Module, guided: Guided, pack: Callable = in_bytes) -> tuple[dict, dict]:
-    "The weights of a model of pictures, as `pack` keeps them, and the judge's verdict on the model that comes back from them; on a GPU compiled, in bfloat16."
+def train_judged(r: Recipe, judge: nn.Module, guided: Guided) -> tuple[dict, dict]:
+    "The weights of a model of pictures, in float16, and the judge's verdict; on a GPU compiled, in bfloat16."
     data, on_gpu = data_set(r.data).load(), torch.cuda.is_available()
     denoiser = recipe_trainer(r, data.x, data.y, bf16=on_gpu, compile=on_gpu).fit()
-    weights = pack(denoiser.net)
-    denoiser.net.load_state_dict(from_bytes(weights))
-    return weights, judge_pictures(denoiser, data, judge, guided) | trained_on()
+    return halved(denoiser.net), judge_pictures(denoiser, data, judge, guided) | trained_on()
 
 
 def train_pictures(r: Recipe) -> tuple[dict, dict]:
@@ -247,7 +245,7 @@ def train_pictures(r: Recipe) -> tuple[dict, dict]:
 
 def train_mnist(r: Recipe) -> tuple[dict, dict]:
     "The model of MNIST, with what its judge says."
-    return train_judged(r, mnist_judge(), OF_MNIST, halved)
+    return train_judged(r, mnist_judge(), OF_MNIST)
 
 
 def train_fashion(r: Recipe) -> tuple[dict, dict]:
@@ -258,7 +256,7 @@ def train_fashion(r: Recipe) -> tuple[dict, dict]:
 def kept_denoiser(name: str, make: Callable, r: Recipe, shape: Sequence[int]) -> NetDenoiser:
     "The model that the artifact `name` keeps, in eval mode, without gradients."
     denoiser = recipe_denoiser(r, shape)
-    denoiser.net.load_state_dict(from_bytes(artifact(name, make, r)[0]))
+    denoiser.net.load_state_dict(artifact(name, make, r)[0])
     return denoiser.eval().requires_grad_(False)
 
 
