@@ -196,7 +196,7 @@ def test_the_command_draws_what_is_asked_for(recipe, tmp_path, capsys):
 
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is not None, reason="the encoder is installed")
 def test_without_the_encoder_it_says_what_to_install(tmp_path, capsys):
-    given = ["sample", "--model", "emoji-text", "--n", "1", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "out")]  # fmt: skip
+    given = ["sample", "--model", "emoji-text", "--n", "1", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "out")]  # fmt: skip
     assert main([*given, "--prompt", "an animal that says miaow"]) == 1
     assert "diffusion_nb[text]" in capsys.readouterr().err
     assert main([*given, "--prompt", imagen.SOME_TEXTS[0]]) == 0  # whose tokens are shipped

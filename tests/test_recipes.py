@@ -158,7 +158,9 @@ def test_no_section_is_left_out():
     others = [
         s
         for s in NAMES
-        if not s.startswith(("recipe.", "vdm.", "dit.", "codec.", "latent.", "consistency.", "distill.", "text.", "words."))
+        if not s.startswith(
+            ("recipe.", "vdm.", "dit.", "codec.", "latent.", "consistency.", "distill.", "text.", "words.")
+        )
         and s != "20_cascade.pictures"
     ]
     text = "".join(

@@ -98,7 +98,7 @@ def test_latents_that_decode_to_no_pictures(latent, tmp_path):
         ("train --data emoji --vdm", "--vdm: emoji have captions, not labels"),
         ("train --data emoji --cold", "--cold: emoji have captions, not labels"),
         ("train --data words --codec", "--codec: not for texts"),
-        ("train --data words --report", "not of family text"),
+        ("train --data words --report", "not of family words"),
         ("train --data digits --upsampler --from digits", "--from: not with --upsampler"),
         ("train --data digits --cold", "has no section [25_cold.digits]"),
         ("sample --model digits --large digits", "--large: expected emoji-upsampler"),

@@ -56,47 +56,56 @@ def sample(args: Sample) -> int:
     import torch
 
     from diffusion_nb.cli.texts import sample_texts
+    from diffusion_nb.generation.generate import generate
     from diffusion_nb.training.sharding import process_group
 
-    out = Path(args.out or "runs/samples")
+    out, start = Path(args.out or "runs/samples"), time.perf_counter()
     with process_group(cpu=args.device == "cpu") as team:
         device, model = torch.device(args.device) if args.device else team.device, load_model(args.model)
         check_sample(args, model)
-        if model.about.family != "words":
-            sample_pictures(args, model, device, team, out)
-        elif team.rank == 0:
-            sample_texts(args, model, device, out)
+        if model.about.family == "words":
+            if team.rank == 0:
+                sample_texts(args, model, device, out)
+            return 0
+        file, asked = (
+            out / {"png": "pictures"}.get(args.format, f"samples.{args.format}"),
+            to_draw(args, model, device),
+        )
+        generate(
+            file, **asked, first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None
+        )
+        if team.rank == 0:
+            here = dict(
+                seconds=round(time.perf_counter() - start, 1), device=device_name(device), processes=team.world
+            )
+            show_drawn(args, model, asked, file, out, here)
     return 0
 
 
-def sample_pictures(args: Sample, model, device, team, out: Path) -> None:
-    "Draw pictures into a file, a grid of them, a film if it was asked for, and a record of how."
-    import torch
-
+def to_draw(args: Sample, model, device) -> dict:
+    "What `generate` is told: the denoiser, the sampler and its times, how many pictures of which shape, of what, and what decodes them."
     from diffusion_nb.cli.stages import enlarging, in_two
-    from diffusion_nb.generation.generate import generate
 
-    start, shape = time.perf_counter(), model.about.shape
-    file = out / {"png": "pictures"}.get(args.format, f"samples.{args.format}")
-    sampler, ts = walk_of(args, model)
+    shape, (sampler, ts) = model.about.shape, walk_of(args, model)
     if args.large:
         stage, (channels, height, width) = enlarging(model, args.large).to(device), shape
         sampler, shape = in_two(sampler, stage), (channels, 2 * height, 2 * width)
     cond = condition_of(model, args.n, args.label, args.prompt, args.seed) | hint_of(model, args.n, args.hint)
     denoiser, decode = ready(args, model, device), model.codec.denoiser.to(device).decode if model.codec else None
-    generate(file, denoiser, sampler, ts, args.n, shape, cond=cond or None, decode=decode,
-             first=args.seed, chunk=args.batch or None, replace=args.replace or args.out is None)  # fmt: skip
-    if team.rank == 0:
-        write_grid(file, out / "grid.png")
-        if args.film:
-            first = torch.arange(min(args.n, 16))
-            of_first = {name: v[first] for name, v in cond.items()}
-            write_film(denoiser, sampler, ts, first + args.seed, shape, of_first, out / "film.gif", decode)
-        here = dict(
-            seconds=round(time.perf_counter() - start, 1), device=device_name(device), processes=team.world
-        )
-        write_how(args, model, len(ts) - 1, here, out / "run.json")
-        print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json{' and film.gif' if args.film else ''}")
+    return dict(denoiser=denoiser, sampler=sampler, ts=ts, n=args.n, shape=shape, cond=cond or None, decode=decode)
+
+
+def show_drawn(args: Sample, model, asked: dict, file: Path, out: Path, here: dict) -> None:
+    "A grid of what was drawn, a film if it was asked for, and a record of how."
+    import torch
+
+    write_grid(file, out / "grid.png")
+    if args.film:
+        first = torch.arange(min(args.n, 16))
+        of_first = {name: v[first] for name, v in (asked["cond"] or {}).items()}
+        write_film(asked["denoiser"], asked["sampler"], asked["ts"], first + args.seed, asked["shape"], of_first, out / "film.gif", asked["decode"])  # fmt: skip
+    write_how(args, model, len(asked["ts"]) - 1, here, out / "run.json")
+    print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json{' and film.gif' if args.film else ''}")
 
 
 def write_how(args: Sample, model, steps: int, here: dict, file: Path) -> None:
