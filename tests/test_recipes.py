@@ -19,7 +19,7 @@ from diffusion_nb.recipes import consistency, distillation, vdm
 from diffusion_nb.recipes.captions import CaptionRecipe, caption_trainer
 from diffusion_nb.recipes.cascade import UpsamplerRecipe, upsampler_trainer
 from diffusion_nb.recipes.diffusion import recipe, recipe_denoiser, recipe_trainer
-from diffusion_nb.recipes.dit import DiTCaptionRecipe, dit_caption_denoiser, dit_denoiser, dit_recipe
+from diffusion_nb.recipes.dit import DiTCaptionRecipe, dit_denoiser, dit_recipe
 from diffusion_nb.recipes.latent import (
     AutoencoderRecipe,
     LatentRecipe,
@@ -88,9 +88,9 @@ def test_transformers_for_a_gpu(name, monkeypatch):
     monkeypatch.setenv("DIFFUSION_NB_PROFILE", "gpu")
     r = settings(f"dit.{name}", DiTCaptionRecipe) if name.startswith("emoji") else dit_recipe(name)
     emoji, d, words = name.startswith("emoji"), r.width, ("red", "apple")
-    shape, build = ((3, 64, 64), dit_caption_denoiser) if emoji else ((3, 32, 32), dit_denoiser)
+    shape = (3, 64, 64) if emoji else (3, 32, 32)
     r = replace(r, words=words) if emoji else r
-    net = build(replace(r, blocks=1), shape).net
+    net = dit_denoiser(replace(r, blocks=1), shape).net
     found = parameters(net) + (r.blocks - 1) * parameters(net.blocks[0])
     told = (2 + 1) * r.hidden + (r.hidden + 1) * d if emoji else 11 * d
     ends = (17 - 13) * d, 1001 * d - told, 32 * (d + 1) - 12 * (d + 1), 256 * d
@@ -99,11 +99,11 @@ def test_transformers_for_a_gpu(name, monkeypatch):
     x = Noise(range(4), (3, 16, 16))(0).tanh()
     if emoji:
         trained = caption_trainer(
-            small, x, ["red apple", "red"] * 2, denoiser=build(small, (3, 16, 16)), device="cpu"
+            small, x, ["red apple", "red"] * 2, denoiser=dit_denoiser(small, (3, 16, 16)), device="cpu"
         ).fit()
     else:
         trained = recipe_trainer(
-            small, x, torch.zeros(4, dtype=torch.long), denoiser=build(small, (3, 16, 16)), device="cpu"
+            small, x, torch.zeros(4, dtype=torch.long), denoiser=dit_denoiser(small, (3, 16, 16)), device="cpu"
         ).fit()
     assert all(p.isfinite().all() for p in trained.parameters())
 
@@ -154,7 +154,7 @@ def test_distillation_recipes(name, profile):
 def test_no_section_is_left_out():
     "What is not a recipe is a notebook's, or an artifact's."
     makers = artifact_makers()
-    assert makers and all(is_dataclass(r) or isinstance(r, dict) for _, r in makers.values())
+    assert makers and all(is_dataclass(r) for _, r in makers.values())
     others = [
         s
         for s in NAMES

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import normalize
 
 from diffusion_nb.cli import sample as cli_sample
 from diffusion_nb.cli import systems, tasks
@@ -19,6 +20,7 @@ from diffusion_nb.denoisers import Clip, NetDenoiser, predict_v
 from diffusion_nb.experiments import clip as lab
 from diffusion_nb.experiments.cascade import emoji_upsampler, enlarge_emoji
 from diffusion_nb.experiments.cold import cold_mnist, draw_cold
+from diffusion_nb.experiments.pictures import by_2m
 from diffusion_nb.experiments.words import as_tokens, as_words, draw_words, word_net
 from diffusion_nb.generation.generate import draw, generate
 from diffusion_nb.grids import even_logsnr_grid
@@ -169,7 +171,7 @@ def test_a_transformer_draws_from_captions(two_captions, tmp_path):
     torch.nn.init.normal_(net.head.weight), torch.nn.init.normal_(net.blocks[0].modulation.linear.weight)
     a, b = net(x, t, net.label.told(["red apple", "green heart"])), net(x, t, net.label.told(["red apple", "red apple"]))  # fmt: skip
     assert torch.equal(a[0], b[0]) and not torch.allclose(a[1], b[1])
-    with pytest.raises(ValueError, match="expected the words of each picture"):
+    with pytest.raises(ValueError, match="expected a label for each picture"):
         net(x, t)
 
 
@@ -223,13 +225,13 @@ def test_unclip_comes_back(small_unclip, tmp_path):
     small_unclip.save(tmp_path)
     back = Model.load(tmp_path)
     captions = ["red apple", "apple"]
-    v = small_unclip.denoiser.vectors(captions, [3, 4])
-    assert torch.equal(back.denoiser.vectors(captions, [3, 4]), v) and torch.allclose(v.norm(dim=1), torch.tensor(6.0).sqrt())  # fmt: skip
-    assert torch.allclose(small_unclip.denoiser.vectors(["apple"], [4])[0], v[1], atol=1e-5)
+    v = small_unclip.denoiser.vectors(captions, 3)
+    assert torch.equal(back.denoiser.vectors(captions, 3), v) and torch.allclose(v.norm(dim=1), torch.tensor(6.0).sqrt())  # fmt: skip
+    assert torch.allclose(small_unclip.denoiser.vectors(["apple"], 4)[0], v[1], atol=1e-5)
     x, t = Noise(range(2), (3, 8, 8))(0), torch.tensor(0.4)
     assert torch.equal(back.denoiser(x, t, y=v).x0, small_unclip.denoiser(x, t, y=v).x0)
     with pytest.raises(ValueError, match="aple"):
-        back.denoiser.vectors(["aple"], [0])
+        back.denoiser.vectors(["aple"])
     assert main(["sample", "--model", str(tmp_path), "--prompt", "red", "--n", "2", "--steps", "2", "--out", str(tmp_path / "x"), *CPU]) == 0  # fmt: skip
 
 
@@ -237,8 +239,8 @@ def test_unclip_of_the_book_is_that_of_the_notebook():
     model = load_model("emoji-unclip")
     prior, captions = lab.emoji_prior(), ["red apple", "firefighter"]
     e = lab.texts_read(lab.emoji_clip(), captions)
-    c = lab.draw_vectors(prior, e, first=5)
-    v = model.denoiser.vectors(captions, [5, 6])
+    c = normalize(by_2m(prior, 2, e.shape[1:], 20, 5, y=lab.stretched(e)), dim=1)
+    v = model.denoiser.vectors(captions, 5)
     assert torch.allclose(v, lab.stretched(c), atol=1e-4)
     fresh = model.about.fresh()
     assert {k: p.shape for k, p in fresh.state_dict().items()} == {k: p.shape for k, p in model.denoiser.state_dict().items()}  # fmt: skip

@@ -96,7 +96,7 @@ def label_of(label: str | None, about) -> int | None:
 def told(model, captions: list[str], first: int):
     "What a model is given of these captions: the words, or with unCLIP a picture's vector for each, drawn with seed first + i."
     if model.about.family == "unclip":
-        return model.denoiser.vectors(captions, range(first, first + len(captions)))
+        return model.denoiser.vectors(captions, first)
     return reader_of(model).told(captions)
 
 

@@ -97,19 +97,15 @@ def asked_emoji(size: int) -> Asked:
 
 
 def asked_texts(name: str) -> Asked:
-    "The lines of a file, or the common words of notebook 26 without those that are held out. Raises ValueError where there are no texts, or a letter is the sign for a mask."
+    "The lines of a file, or the common words of notebook 26 without those that are held out. Raises ValueError where there are no texts, or the sign for a mask is in them."
     from diffusion_nb.experiments.words import word_list
-    from diffusion_nb.recipes.words import HOLE
+    from diffusion_nb.recipes.words import letters_of
 
     lines = word_list().train if name == "words" else Path(name).read_text(encoding="utf-8").splitlines()
     texts = [line.rstrip() for line in lines if line.strip()]
     if not texts:
         raise ValueError(f"--data: expected a text in each line; {name} has none")
-    letters, longest = set("".join(texts)), max(map(len, texts))
-    if HOLE in letters:
-        raise ValueError(f"--data: {HOLE} stands for a letter that is to be found, and is in {name}")
-    letters |= {" "} if min(map(len, texts)) < longest else set()
-    return Asked(texts, None, None, None, (1, 1, longest), len(letters))
+    return Asked(texts, None, None, None, (1, 1, max(map(len, texts))), len(letters_of(texts)))
 
 
 def given(args, *names: str) -> dict:
@@ -238,12 +234,11 @@ def upsampler_task(args, asked: Asked, family: str) -> Task:
 
 def words_task(args, asked: Asked, family: str) -> Task:
     "A network that writes texts of one length, a letter at a time."
-    from diffusion_nb.recipes.words import WordsRecipe, words_trainer
+    from diffusion_nb.recipes.words import WordsRecipe, letters_of, words_trainer
 
     name = args.recipe or "english"
-    letters = "".join(sorted({*"".join(asked.x), *([" "] if min(map(len, asked.x)) < asked.shape[2] else [])}))
     r = changed(replace(args, recipe=name), asked, "words", WordsRecipe)
-    r = replace(r, data=args.data, letters=letters, length=asked.shape[2])
+    r = replace(r, data=args.data, letters=letters_of(asked.x), length=asked.shape[2])
     return Task(family, r, partial(words_trainer, r, r.tokens(asked.x)), asked.shape, levels=asked.levels)
 
 

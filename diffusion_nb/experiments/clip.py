@@ -42,6 +42,7 @@ from diffusion_nb.nets.clip import (
 from diffusion_nb.recipes.captions import CaptionRecipe
 from diffusion_nb.recipes.diffusion import Training
 from diffusion_nb.recipes.settings import settings
+from diffusion_nb.recipes.unclip import draw_vectors, stretched
 from diffusion_nb.samplers.linear import ddim, invert, slerp
 from diffusion_nb.schedules import CosineSchedule
 from diffusion_nb.time_samplers import continuous_times
@@ -244,11 +245,6 @@ class PriorRecipe(Training):
     clip: ClipRecipe = ClipRecipe()
 
 
-def stretched(c: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-    "Vectors of length 1 as vectors of length √d, whose coordinates are of size 1: as prior and decoder know them."
-    return c * c.shape[-1] ** 0.5
-
-
 def prior_denoiser(r: PriorRecipe) -> NetDenoiser:
     "The fresh prior of a recipe: it predicts the clean vector."
     with torch.random.fork_rng(devices=[]):
@@ -287,14 +283,6 @@ def train_prior(r: PriorRecipe, **options) -> tuple[dict, dict]:
         f"cosine with another's, {name}": (v * c.roll(1, 0)).sum(1).mean().item() for name, v in said.items()
     }
     return weights, {k: round(v, 4) for k, v in found.items()} | trained_on()
-
-
-def draw_vectors(
-    prior: NetDenoiser, e: Float[Tensor, "n d"], w: float = 0.0, steps: int = 20, first: int = 0
-) -> Float[Tensor, "n d"]:
-    "A picture's vector of length 1 for each text, by DPM-Solver++ 2M with guidance weight w; the i-th has seed `first` + i."
-    guided = CFG(prior, w, prior.net.null) if w else prior
-    return F.normalize(by_2m(guided, len(e), e.shape[1:], steps, first, y=stretched(e)), dim=1)
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from diffusion_nb.corruption import (
     Pool,
     Restorer,
     afresh,
-    ancestral,
     kept,
     restoration_loss,
 )
@@ -28,7 +27,7 @@ from diffusion_nb.experiments.latent import psnr
 from diffusion_nb.experiments.pictures import halved, trained_on
 from diffusion_nb.metrics.features import frechet_distance
 from diffusion_nb.noise import Noise
-from diffusion_nb.recipes.cold import ColdRecipe
+from diffusion_nb.recipes.cold import ColdRecipe, restored
 from diffusion_nb.recipes.settings import settings
 from diffusion_nb.training.trainer import Trainer
 
@@ -56,14 +55,6 @@ def blur_times(blur: Blur, calls: int, least: float = 0.35) -> Float[Tensor, " c
     "Falling times from 1 on, between which the width of the blur shrinks by the same factor, down to `least` pixels."
     widths = torch.logspace(math.log10(blur.width), math.log10(least), calls, dtype=torch.float64)
     return (widths / blur.width).sqrt().clamp(max=1)
-
-
-@torch.no_grad()
-def restored(restorer: Restorer, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n"], rule: Callable = kept, noise: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
-    "From x at time ts[0] along falling times, and the guess at the last of them; of one time, the guess alone."
-    if len(ts) > 1:
-        x = ancestral(restorer.corruption, restorer, x, ts, rule, noise=noise, **cond)
-    return restorer(x, ts[-1], **cond)
 
 
 def level_starts(x: Float[Tensor, "n 1 s s"], y: Int[Tensor, " n"], wanted: Int[Tensor, " b"], seeds: Sequence[int]) -> Float[Tensor, "b 1 s s"]:  # fmt: skip

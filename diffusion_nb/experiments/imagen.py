@@ -4,6 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Float
@@ -191,15 +192,22 @@ SOME_TEXTS = (
 )  # fmt: skip
 
 
-def store_sentences(recipe: dict) -> tuple[dict, dict]:
+@dataclass(frozen=True)
+class SentencesRecipe:
+    "The sentences whose tokens are stored."
+
+    texts: tuple[str, ...] = SENTENCES
+
+
+def store_sentences(r: SentencesRecipe) -> tuple[dict, dict]:
     "The encoder's tokens of some sentences, in float16, one after the other, and how many each has."
-    found, there = encoded(recipe["texts"])
+    found, there = encoded(list(r.texts))
     return {"tokens": found[there].half(), "lengths": there.sum(1)}, {}
 
 
 def sentence_tokens() -> dict[str, Float[Tensor, "_ 384"]]:
     "The encoder's tokens of SENTENCES (artifact `minilm_sentences`)."
-    kept = artifact("minilm_sentences", store_sentences, {"texts": list(SENTENCES)})[0]
+    kept = artifact("minilm_sentences", store_sentences, SentencesRecipe())[0]
     return dict(zip(SENTENCES, kept["tokens"].float().split(kept["lengths"].tolist()), strict=True))
 
 
@@ -268,13 +276,22 @@ def text_scores() -> dict:
 THRESHOLDS = {"none": lambda guided: guided, "static": Clip, "dynamic": DynamicThreshold}
 
 
-def run_thresholds(recipe: dict) -> tuple[dict, dict]:
+@dataclass(frozen=True)
+class ThresholdsRecipe:
+    "Weights of guidance, seeds, and how few of the held-out combinations: one in `every`."
+
+    weights: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0, 15.0)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    every: int = 12
+
+
+def run_thresholds(r: ThresholdsRecipe) -> tuple[dict, dict]:
     "Of the model of emoji at 32×32, for each way to hold guesses in range, each weight and each of three seeds: what `measured` tells."
     data, judge, denoiser = emoji(32), emoji_judge(), emoji_denoiser()
-    which = data.held_combinations.nonzero()[:, 0].tolist()[:: recipe["every"]]
+    which = data.held_combinations.nonzero()[:, 0].tolist()[:: r.every]
     told = denoiser.net.label.told([data.captions[i] for i in which])
     table = [
-        [[measured(judge, data, which, denoiser, way, w, told, seed * 2**20) for seed in recipe["seeds"]] for w in recipe["weights"]]
+        [[measured(judge, data, which, denoiser, way, w, told, seed * 2**20) for seed in r.seeds] for w in r.weights]
         for way in THRESHOLDS.values()
     ]  # fmt: skip
     return {"table": torch.tensor(table)}, {}
@@ -298,18 +315,22 @@ def beyond(x: Tensor) -> float:
     return (x.abs() > 1.02).double().mean().item()
 
 
-THRESHOLDS_ASKED = {"weights": [1.0, 2.0, 4.0, 7.0, 15.0], "seeds": [1, 2, 3], "every": 12}
-
-
 def thresholds_found() -> Float[Tensor, "way weight seed 6"]:
     "The table of `run_thresholds` (artifact `thresholds`)."
-    return artifact("thresholds", run_thresholds, THRESHOLDS_ASKED)[0]["table"]
+    return artifact("thresholds", run_thresholds, settings("21_imagen.thresholds", ThresholdsRecipe))[0]["table"]
 
 
 # what can be read off the encoder's vectors
 
 
-def run_probe(recipe: dict) -> tuple[dict, dict]:
+@dataclass(frozen=True)
+class ProbeRecipe:
+    "The seeds of the splits into fitted and held-out captions."
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def run_probe(r: ProbeRecipe) -> tuple[dict, dict]:
     """Which colour the digit named first has, and the one named last, told by a linear function of one vector: the share right of 400 held-out captions of two digits.
 
     Rows: the mean of the tokens; the digit's own token; its token before the first layer, which knows nothing of the others. One column a seed.
@@ -318,7 +339,7 @@ def run_probe(recipe: dict) -> tuple[dict, dict]:
     x = torch.cat(found)  # all captions have the same number of tokens
     plain = encoder().norm(encoder().word(encoder().numbers([s.caption for s in SCENES])))
     shares = []
-    for seed in recipe["seeds"]:
+    for seed in r.seeds:
         order = torch.randperm(len(SCENES), generator=torch.Generator().manual_seed(seed))
         ends = []
         for place, colour in ((3, [s.colour for s in SCENES]), (-2, [s.other_colour for s in SCENES])):
@@ -336,34 +357,40 @@ def read_off(v: Float[Tensor, "n e"], answer: Tensor, held: int) -> float:
     return ((v[:held] @ weights).argmax(1) == answer[:held]).double().mean().item()
 
 
-PROBE = {"seeds": [0, 1, 2]}
-
-
 def probed() -> Float[Tensor, "3 seeds"]:
     "The table of `run_probe` (artifact `minilm_probe`)."
-    return artifact("minilm_probe", run_probe, PROBE)[0]["shares"]
+    return artifact("minilm_probe", run_probe, settings("21_imagen.probe", ProbeRecipe))[0]["shares"]
 
 
 # what the order of layers costs
 
 
-def time_efficient(recipe: dict) -> tuple[dict, dict]:
+@dataclass(frozen=True)
+class EfficientRecipe:
+    "The network and the batch that are timed, and how often."
+
+    width: int = 32
+    size: int = 64
+    batch: int = 4
+    rounds: int = 5
+
+
+def time_efficient(r: EfficientRecipe) -> tuple[dict, dict]:
     "How many times as long a step of training takes in the usual order of layers, by the time of one core, both in turn, the best of some rounds."
-    x, t, best = torch.randn(recipe["batch"], 3, recipe["size"], recipe["size"]), torch.full((recipe["batch"],), 500.0), {}  # fmt: skip
-    nets = {late: EfficientUNet(3, recipe["width"], late=late) for late in (False, True)}
-    for _ in range(recipe["rounds"] + 1):
+    x, t, best = torch.randn(r.batch, 3, r.size, r.size), torch.full((r.batch,), 500.0), {}  # fmt: skip
+    nets = {late: EfficientUNet(3, r.width, late=late) for late in (False, True)}
+    for _ in range(r.rounds + 1):
         for late, net in nets.items():
             start = time.process_time()
             net(x, t).square().mean().backward()
             best[late] = min(best.get(late, math.inf), time.process_time() - start)
     return {"seconds": torch.tensor([best[False], best[True]])}, {
         "ratio": round(best[True] / best[False], 2)
-    } | recipe
-
-
-EFFICIENT = {"width": 32, "size": 64, "batch": 4, "rounds": 5}
+    } | asdict(r)
 
 
 def efficient_scores() -> dict:
     "What the card of `efficient_times` tells."
-    return artifact("efficient_times", time_efficient, EFFICIENT)[1]["metrics"]
+    return artifact("efficient_times", time_efficient, settings("21_imagen.efficient", EfficientRecipe))[1][
+        "metrics"
+    ]

@@ -14,7 +14,7 @@ from diffusion_nb.recipes.cascade import UpsamplerRecipe, upsampler_denoiser
 from diffusion_nb.recipes.cold import ColdModel, ColdRecipe
 from diffusion_nb.recipes.control import ControlRecipe, control_denoiser
 from diffusion_nb.recipes.diffusion import Recipe, Training, recipe_denoiser
-from diffusion_nb.recipes.dit import DiTCaptionRecipe, DiTRecipe, dit_caption_denoiser, dit_denoiser
+from diffusion_nb.recipes.dit import DiTCaptionRecipe, DiTRecipe, dit_denoiser
 from diffusion_nb.recipes.latent import AutoencoderRecipe, LatentRecipe, fresh_codec, latent_denoiser
 from diffusion_nb.recipes.settings import typed
 from diffusion_nb.recipes.text import TextRecipe, text_denoiser
@@ -29,7 +29,7 @@ FAMILIES = {  # the kind of recipe, and what builds its network
     "vdm": (VDMRecipe, vdm_denoiser),
     "captions": (CaptionRecipe, caption_denoiser),
     "dit": (DiTRecipe, dit_denoiser),
-    "dit-captions": (DiTCaptionRecipe, dit_caption_denoiser),
+    "dit-captions": (DiTCaptionRecipe, dit_denoiser),
     "control": (ControlRecipe, control_denoiser),
     "codec": (AutoencoderRecipe, fresh_codec),
     "latent": (LatentRecipe, latent_denoiser),

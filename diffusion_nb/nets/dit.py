@@ -143,12 +143,12 @@ class DiT(nn.Module):
     ----------
     channels, size: of the pictures, (channels, size, size); channels_out: where other than channels, such as twice as many for noise and covariance. patch: the side of a patch.
     width, depth, heads: channels of a token (a multiple of 4 and of heads), number of blocks, heads of attention.
-    classes: the number of labels y; y = classes means "any". block: `AdaLNZero`, `InContext` or `CrossAttend`. waves, time_embedding: how many numbers tell the time, and which.
+    classes: the number of labels y; y = classes means "any". condition: instead of labels, a module that turns y into `width` numbers, with a method `check_y`. block: `AdaLNZero`, `InContext` or `CrossAttend`. waves, time_embedding: how many numbers tell the time, and which.
     Raises ValueError where these do not fit together.
     """
 
     def __init__(self, channels: int = 4, size: int = 32, patch: int = 2, width: int = 384, depth: int = 12, heads: int = 6, classes: int = 1000,
-                 block: Callable = AdaLNZero, channels_out: int = 0, waves: int = 256, time_embedding: Callable = cos_first_embedding):  # fmt: skip
+                 block: Callable = AdaLNZero, channels_out: int = 0, waves: int = 256, time_embedding: Callable = cos_first_embedding, condition: nn.Module | None = None):  # fmt: skip
         super().__init__()
         if size % patch or width % heads:
             raise ValueError(f"expected a size that is a multiple of patch, and a width that is one of heads; got size {size}, patch {patch}, width {width}, heads {heads}")  # fmt: skip
@@ -164,7 +164,7 @@ class DiT(nn.Module):
             "positions", sincos_positions(size // patch, size // patch, width).float(), persistent=False
         )
         self.time = nn.Sequential(nn.Linear(waves, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.label = nn.Embedding(classes + 1, width) if classes else condition
         self.blocks = nn.ModuleList(block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, 1e-6, elementwise_affine=not block.adaptive)
         self.modulation = Modulation(width, 2) if block.adaptive else None
@@ -176,7 +176,7 @@ class DiT(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
-        for table in (self.time[0], self.time[2], *([] if self.label is None else [self.label])):
+        for table in (self.time[0], self.time[2], *([self.label] if isinstance(self.label, nn.Embedding) else [])):
             nn.init.normal_(table.weight, std=0.02)
         for m in self.modules():
             if isinstance(m, Modulation):
@@ -213,8 +213,10 @@ class DiT(nn.Module):
         "Raise ValueError unless these are labels that the network knows, or None where it knows none."
         if (y is None) == (self.label is not None):
             raise ValueError("y: expected a label for each picture (y = classes means any)" if y is None else "y: this network was built without classes")  # fmt: skip
-        if self.label is not None:
+        if isinstance(self.label, nn.Embedding):
             check_labels(y, self.label.num_embeddings - 1)
+        elif self.label is not None:
+            self.label.check_y(y)
 
 
 DIT_S, DIT_B, DIT_L, DIT_XL = (

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffusion_nb.corruption import Blur, Restorer, ancestral, restoration_loss
+from diffusion_nb.corruption import Blur, Restorer, ancestral, kept, restoration_loss
 from diffusion_nb.denoisers import Prediction
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import NetRecipe
@@ -71,6 +71,14 @@ def cold_trainer(r: ColdRecipe, x: Float[Tensor, "n c h w"], y: Tensor | None = 
 
 
 @torch.no_grad()
+def restored(restorer: Restorer, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n"], rule: Callable = kept, noise: Callable | None = None, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
+    "From x at time ts[0] along falling times, and the guess at the last of them; of one time, the guess alone."
+    if len(ts) > 1:
+        x = ancestral(restorer.corruption, restorer, x, ts, rule, noise=noise, callback=callback, **cond)
+    return restorer(x, ts[-1], **cond)
+
+
+@torch.no_grad()
 def cold_sample(model: ColdModel, x: Float[Tensor, "b c h w"], ts: Float[Tensor, " n+1"], *, noise: Noise, y: Tensor | None = None, callback: Callable | None = None) -> Float[Tensor, "b c h w"]:  # fmt: skip
     """Pictures from flat ones with noise x on top, guessed and blurred a little less along the falling times ts, by the rule `kept`; the last time is not used: the guess before it is the picture.
 
@@ -79,7 +87,4 @@ def cold_sample(model: ColdModel, x: Float[Tensor, "b c h w"], ts: Float[Tensor,
     cond = {} if y is None else {"y": y}
     one = torch.ones((), device=x.device)
     told = callback and (lambda i, x, guess: callback(i, x, Prediction(x, one, 0 * one, guess)))
-    x = model.start(noise, y) + x
-    if len(ts) > 2:
-        x = ancestral(model.corruption, model, x, ts[:-1], noise=noise, callback=told, **cond)
-    return model(x, ts[-2], **cond)
+    return restored(model, model.start(noise, y) + x, ts[:-1], noise=noise, callback=told, **cond)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from diffusion_nb.denoisers import NetDenoiser
 from diffusion_nb.nets.dit import AdaLNZero, CrossAttend, DiT, InContext
@@ -38,22 +37,14 @@ class DiTRecipe(Recipe):
         super().__post_init__()
         check_numbers(heads=(self.heads, 1), waves=(self.waves, 2))
 
+    def told(self) -> dict:
+        "What `DiT` is told of its condition."
+        return {"classes": self.classes}
+
 
 def dit_recipe(name: str) -> DiTRecipe:
     "The recipe of settings.ini under [dit.NAME]."
     return settings(f"dit.{name}", DiTRecipe)
-
-
-def dit_denoiser(r: DiTRecipe, shape: Sequence[int]) -> NetDenoiser:
-    "The fresh network of a recipe, for square pictures of this shape. Raises ValueError for others."
-    channels, height, width = shape
-    if height != width:
-        raise ValueError(f"shape: expected square pictures; got {height}×{width}")
-    schedule, predict, _ = chosen(r)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(r.seed)
-        net = DiT(channels, height, r.patch, r.width, r.blocks, r.heads, r.classes, BLOCKS[r.kind], waves=r.waves)
-    return NetDenoiser(net, schedule(), predict)
 
 
 @dataclass(frozen=True)
@@ -65,22 +56,11 @@ class DiTCaptionRecipe(DiTRecipe):
     hidden: int = 256
     words: tuple[str, ...] = ()
 
-
-class CaptionedDiT(DiT):
-    "A diffusion transformer that is told words instead of a label."
-
-    def __init__(self, *args, words: Sequence[str], hidden: int, width: int, **options):
-        super().__init__(*args, width=width, classes=0, **options)
-        self.label = BagOfWords(words, width, hidden)
-
-    def check_y(self, y: Tensor | None) -> None:
-        "Raise ValueError unless y counts words that the network knows."
-        if y is None:
-            raise ValueError("y: expected the words of each picture, as `label.told` counts them")
-        self.label.check_y(y)
+    def told(self) -> dict:
+        return {"classes": 0, "condition": BagOfWords(self.words, self.width, self.hidden)}
 
 
-def dit_caption_denoiser(r: DiTCaptionRecipe, shape: Sequence[int]) -> NetDenoiser:
+def dit_denoiser(r: DiTRecipe, shape: Sequence[int]) -> NetDenoiser:
     "The fresh network of a recipe, for square pictures of this shape. Raises ValueError for others."
     channels, height, width = shape
     if height != width:
@@ -88,5 +68,7 @@ def dit_caption_denoiser(r: DiTCaptionRecipe, shape: Sequence[int]) -> NetDenois
     schedule, predict, _ = chosen(r)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(r.seed)
-        net = CaptionedDiT(channels, height, r.patch, depth=r.blocks, heads=r.heads, block=BLOCKS[r.kind], waves=r.waves, words=r.words, hidden=r.hidden, width=r.width)  # fmt: skip
+        net = DiT(
+            channels, height, r.patch, r.width, r.blocks, r.heads, block=BLOCKS[r.kind], waves=r.waves, **r.told()
+        )
     return NetDenoiser(net, schedule(), predict)

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusion_nb.denoisers import Denoiser, NetDenoiser, predict_x0
 from diffusion_nb.emoji import words as words_of
 from diffusion_nb.grids import edm_grid
+from diffusion_nb.guidance import CFG
 from diffusion_nb.nets.clip import EmbeddingReader, PriorNet, TextEncoder
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.captions import CaptionRecipe, caption_denoiser
@@ -53,12 +54,24 @@ class Unclip(Denoiser):
         return self.decoder(x_t, t, **cond)
 
     @torch.no_grad()
-    def vectors(self, captions: Sequence[str], seeds: Sequence[int], steps: int = 20) -> Float[Tensor, "n d"]:
-        "What the decoder is told of these captions: for each a picture's vector, drawn by the prior; the i-th has seed seeds[i]. Raises ValueError for unknown words."
-        e = self.text(self.text.reader.told(captions))
-        scale, ts = e.shape[1] ** 0.5, edm_grid(self.prior.schedule, steps, 0.02, 80.0)
-        start = self.prior.schedule(ts[0])[1].float() * Noise(seeds, e.shape[1:])(0)
-        return scale * F.normalize(dpmpp_2m(self.prior, start, ts, y=scale * e), dim=1)
+    def vectors(self, captions: Sequence[str], first: int = 0) -> Float[Tensor, "n d"]:
+        "What the decoder is told of these captions: for each a picture's vector, drawn by the prior; the i-th has seed `first` + i. Raises ValueError for unknown words."
+        return stretched(draw_vectors(self.prior, self.text(self.text.reader.told(captions)), first=first))
+
+
+def stretched(c: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+    "Vectors of length 1 as vectors of length √d, whose coordinates are of size 1: as prior and decoder know them."
+    return c * c.shape[-1] ** 0.5
+
+
+@torch.no_grad()
+def draw_vectors(
+    prior: NetDenoiser, e: Float[Tensor, "n d"], w: float = 0.0, steps: int = 20, first: int = 0
+) -> Float[Tensor, "n d"]:
+    "A picture's vector of length 1 for each text, by DPM-Solver++ 2M with guidance weight w; the i-th has seed `first` + i."
+    guided, ts = CFG(prior, w, prior.net.null) if w else prior, edm_grid(prior.schedule, steps, 0.02, 80.0)
+    noise = Noise(range(first, first + len(e)), e.shape[1:], e.device)
+    return F.normalize(dpmpp_2m(guided, prior.schedule(ts[0])[1].float() * noise(0), ts, y=stretched(e)), dim=1)
 
 
 def unclip_model(r: UnclipNets, shape: Sequence[int]) -> Unclip:

@@ -21,6 +21,14 @@ from diffusion_nb.util.checks import check_numbers
 HOLE = "_"
 
 
+def letters_of(texts: Sequence[str]) -> str:
+    "The letters of texts, in order; with the space where texts differ in length, for shorter ones are filled up. Raises ValueError where the sign for a mask is one of them."
+    letters = set("".join(texts)) | ({" "} if len(set(map(len, texts))) > 1 else set())
+    if HOLE in letters:
+        raise ValueError(f"{HOLE} stands for a letter that is to be found, and is in the texts")
+    return "".join(sorted(letters))
+
+
 @dataclass(frozen=True)
 class WordsRecipe(Training):
     "A transformer of texts of `length` of these letters, whose letters are masked, and its training."
