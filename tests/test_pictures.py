@@ -13,6 +13,7 @@ from diffusion_nb.experiments.judge import fashion_judge, mnist_judge
 from diffusion_nb.experiments.pictures import (
     CIFAR10_CLASSES,
     FASHION_CLASSES,
+    Guided,
     PictureClassifier,
     by_2m,
     cifar10_denoiser,
@@ -130,6 +131,12 @@ def test_fashion_s_model_draws_the_clothes_it_is_asked_for():
     about = load_model("fashion-mnist").about
     assert about.shape == (1, 28, 28) and as_plain(about.recipe) == as_plain(recipe("fashion-small"))
     assert [label_of(name, about) for name in FASHION_CLASSES] == list(range(10))
+
+
+def test_guidance_of_a_judged_model_begins_when_it_is_to():
+    late, always = Guided(1.5, 0.85), Guided(0.5)
+    assert late.weight(torch.tensor([0.9, 0.851, 0.85, 0.01])).tolist() == [0, 0, 1.5, 1.5]
+    assert always.weight == 0.5 and (str(late), str(always)) == ("w = 1.5 for t ≤ 0.85", "w = 0.5")
 
 
 @pytest.mark.parametrize("name", JUDGED)

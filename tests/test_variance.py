@@ -1,6 +1,7 @@
 """The learned variance, the hybrid loss and times drawn by importance: against diffusers, torch.distributions and loops written out."""
 
 import math
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_nb.denoisers import NetDenoiser, Prediction, predict_v
+from diffusion_nb.data import Pictures
+from diffusion_nb.denoisers import Clip, NetDenoiser, Prediction, predict_v
+from diffusion_nb.experiments import levels
 from diffusion_nb.experiments.variance import WAYS, BoundsRecipe, bits_card, bounds_denoiser, fixed_steps
 from diffusion_nb.forward import Step, posterior_steps, q_posterior, q_sample
 from diffusion_nb.grids import time_grid
@@ -387,3 +390,24 @@ def test_two_channels_of_a_unet_arrive_as_aux():
     nn.init.normal_(net.head[-1].weight)
     pred = NetDenoiser(net, CosineSchedule(), predict_v)(draw(0).float(), torch.tensor(0.5))
     assert pred.extra.equal(net(draw(0).float(), torch.full((8,), 500.0))[:, 1:])
+
+
+def test_bits_of_four_variances_are_those_of_the_bound_with_each(monkeypatch):
+    "Another route: the bound with each variance by itself. The decoder of fixed variances has noise of its own, so these are compared by their differences."
+    x = Noise(range(6), (1, 28, 28))(0).tanh().mul(127.5).add(127.5).round() / 127.5 - 1
+    y, r = torch.arange(6), levels.LevelsRecipe(T=6, width=8, judged=4)
+    monkeypatch.setattr(levels, "data_set", lambda name: Namespace(load=lambda: Pictures(x, y, x, y)))
+    denoiser = levels.levels_denoiser(r, cosine_betas, 2).eval()
+    nn.init.normal_(denoiser.net.head[-1].weight, std=0.05)
+    small, large, best, own = levels.bits_of_variances(denoiser, r, learned=True).T
+    count = lambda **var: bits_per_dim(Clip(denoiser), x[:4], time_grid(6), levels=256, y=y[:4], **var)
+    by_small, by_large = count(var=fixed_small), count(var=fixed_large)
+    assert torch.allclose(own, count(var=learned_variance, decoder_var=learned_variance).total, atol=1e-6)
+    assert torch.allclose(large - small, (by_large.steps - by_small.steps).sum(1), atol=1e-5)
+    assert (small - by_small.total).abs().max() < 0.2 < (large - small).abs().min()
+    assert best.mean() < small.mean() and best.mean() < large.mean()
+    assert (
+        levels.bits_of_variances(levels.levels_denoiser(r, cosine_betas, 1).eval(), r, learned=False)[:, 3]
+        .isnan()
+        .all()
+    )
