@@ -126,3 +126,9 @@ def test_the_first_cell_clones_and_installs_where_it_is_not(first_cell, tmp_path
     there, repository = tmp_path / "diffusion_nb_book", "https://github.com/diffusion-nb/diffusion_nb"
     want = ["git", "clone", "-q", "--depth", "1"], repository, ["-m", "pip", "install"], "-e", there
     assert run.stdout.split("\n")[0] == " ".join(map(str, want)), run.stderr
+
+
+@pytest.mark.parametrize("card", sorted((ROOT / "data/artifacts").glob("*.json")), ids=lambda p: p.stem)
+def test_each_artifact_is_in_the_table_of_what_ships(card):
+    rows = [line.split("|")[1] for line in (ROOT / "data/README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]  # fmt: skip
+    assert card.stem in {name.strip() for row in rows for name in row.split(",")}
