@@ -217,7 +217,7 @@ class LevelSampler(nn.Module):
 
 # %% ../nbs/18_consistency.ipynb #6a096fea
 def doubling_levels(grid: Callable[[int], Tensor], first: int, last: int, steps: int) -> Callable[[int], Tensor]:
-    "k ↦ grid(n): n doubles from `first` to `last` in stretches of equal length over `steps` training steps. (Song and Dhariwal 2023, eq. 11)"
+    "k ↦ grid(n): n doubles from `first` to `last` in stretches of equal length over `steps` training steps. (Song and Dhariwal 2023, section 3.4)"
     grid, times = lru_cache(grid), math.floor(math.log2(last / first)) + 1
     return lambda k: grid(min(first * 2 ** (k * times // steps), last))
 

@@ -156,7 +156,7 @@ def analytic_variance(moments: Moments, low: float = -1.0, high: float = 1.0) ->
 def best_trajectory(
     moments: Moments, schedule: Schedule, n: int, low: float = -1.0, high: float = 1.0
 ) -> Float[Tensor, " n+1"]:
-    """Of the times of `moments`, the n + 1 from its first to its last that make the bound least with `analytic_variance`. (UDM-analytic; Bao et al. 2022, section 4.3)
+    """Of the times of `moments`, the n + 1 from its first to its last that make the bound least with `analytic_variance`. (UDM-analytic; Bao et al. 2022, section 4)
 
     What comes after the last time, such as the decoder, is not counted. Raises ValueError unless n is from 1 to one less than there are times.
     """

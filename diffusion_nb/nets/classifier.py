@@ -93,7 +93,7 @@ def classifier_loss(classifier: NoisyClassifier, x0: Float[Tensor, "b *d"], t: F
 
 # %% ../../nbs/13_guidance.ipynb #ec0de002
 class AttentionPool(nn.Module):
-    "A picture's features, size × size, as one vector: their mean, as one more token, attends to all. (Dhariwal and Nichol 2021, section 4.2)"
+    "A picture's features, size × size, as one vector: their mean, as one more token, attends to all. (Dhariwal and Nichol 2021, section 4.3)"
 
     def __init__(self, size: int, channels: int, head_width: int, out: int):
         super().__init__()
@@ -114,7 +114,7 @@ class AttentionPool(nn.Module):
 
 
 class EncoderUNet(nn.Module):
-    """Logits of noisy pictures, size × size, at network times t (0 to 1000): ADM's classifier. (SUR-cg; Dhariwal and Nichol 2021, section 4.2)
+    """Logits of noisy pictures, size × size, at network times t (0 to 1000): ADM's classifier. (SUR-cg; Dhariwal and Nichol 2021, section 4.3)
 
     width, mults, blocks, attention, head_width: as of `UNet`; it has ADM's conventions.
     """
