@@ -16,7 +16,7 @@ from diffusion_nb.emoji import Emoji, emoji, vocabulary
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.emoji import emoji_judge, judge_captions, train_emoji, training_pictures
 from diffusion_nb.experiments.judge import accuracy_of, mnist_judge
-from diffusion_nb.experiments.pictures import by_2m, halved, trained_on
+from diffusion_nb.experiments.pictures import by_2m, from_bytes, halved, in_bytes, trained_on
 from diffusion_nb.experiments.reference import ReferenceRecipe, against, features, make_references, reference
 from diffusion_nb.guidance import CFG
 from diffusion_nb.metrics.features import frechet_distance
@@ -194,12 +194,12 @@ def mnist_latent() -> NetDenoiser:
 
 
 def train_emoji_latent(r: LatentRecipe, **options) -> tuple[dict, dict]:
-    "A latent diffusion model of emoji at 64×64 that reads captions, and what the judge says of its drawings at half the size."
+    "A latent diffusion model of emoji at 64×64 that reads captions, in 8 bits, and what the judge says of its drawings at half the size."
     data, codec = emoji(64), emoji_codec()
     r, (x, captions) = replace(r, words=vocabulary(data.captions)), training_pictures(data)
     denoiser = latent_trainer(r, latents(codec, x), captions, device=default_device(), **options).fit().cpu()
-    weights = halved(denoiser.net)
-    denoiser.net.load_state_dict(weights)
+    weights = in_bytes(denoiser.net)
+    denoiser.net.load_state_dict(from_bytes(weights))
     letters = torch.tensor(list("\n".join(denoiser.net.context.vocabulary).encode()), dtype=torch.uint8)
     return weights | {"words": letters}, rounded(judged_latent(codec, denoiser.eval(), data)) | trained_on()
 
@@ -226,7 +226,7 @@ def emoji_latent_model() -> tuple[NetDenoiser, LatentRecipe]:
     tensors = dict(artifact("emoji_latent", train_emoji_latent, r)[0])
     r = replace(r, words=tuple(bytes(tensors.pop("words").tolist()).decode().split("\n")))
     denoiser = latent_denoiser(r, emoji_latent_shape())
-    denoiser.net.load_state_dict(tensors)
+    denoiser.net.load_state_dict(from_bytes(tensors))
     return denoiser.eval().requires_grad_(False), r
 
 
