@@ -185,7 +185,7 @@ class Mask(Degradation):
 
 
 class Snow(Degradation):
-    "x_t = x_0 + t e: the picture under flakes e, one drift (*d) for all pictures or one for each (b, *d), that fall ever thicker."
+    "x_t = x_0 + t f: the picture under flakes f, one drift (*d) for all pictures or one for each (b, *d), that fall ever thicker."
 
     def __init__(self, flakes: Float[Tensor, "*d"], sigma: float = 0.0):
         self.flakes, self.sigma = flakes, sigma

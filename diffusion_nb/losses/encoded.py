@@ -18,7 +18,7 @@ from ..schedules import gamma_rate
 
 # %% ../../nbs/27_unified.ipynb #d2700041
 def token_loss(net: EmbeddedText, x0: Int[Tensor, "b L"], t: Float[Tensor, " b"], noise: Float[Tensor, "b L d"]) -> Float[Tensor, " b"]:  # fmt: skip
-    "-Σ log p(x_0,i | x_t), in nats, of all places: the loss that the seed of this chapter asks for. It can be made small by large points. (UDM-enc)"
+    "-Σ log p(x_0,i | x_t), in nats, of all places: the loss that Su (2022) asks for. It can be made small by large points. (UDM-enc)"
     x_t = Gaussian(net.schedule).q_sample(net.encode(x0), t, noise)
     return F.cross_entropy(net(x_t, t).mT, x0, reduction="none").sum(1)
 
