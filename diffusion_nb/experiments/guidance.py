@@ -58,12 +58,12 @@ def accuracy_at(
 
 
 def train_classifier(r: NoisyClassifierRecipe) -> tuple[dict, dict]:
-    "The weights of a classifier of noisy digits, and its accuracy on held-out digits at five times."
+    "The weights of a classifier of noisy digits, in float16, and its accuracy on held-out digits at five times."
     data = digits()
     classifier = Trainer(
         fresh_classifier(r), data.x, loss=classifier_loss, cond={"y": data.y}, device="cpu", **r.options()
     ).fit()
-    return classifier.state_dict(), {
+    return {name: v.half() for name, v in classifier.state_dict().items()}, {
         f"accuracy at t = {t}": round(accuracy_at(classifier, data.x_test, data.y_test, t), 4)
         for t in (0.1, 0.3, 0.5, 0.7, 0.9)
     }
@@ -79,8 +79,9 @@ def noisy_classifier() -> NoisyClassifier:
 
 # %% ../../nbs/13_guidance.ipynb #5a23a751
 def train_weak(r: Recipe) -> tuple[dict, dict]:
-    "The weights of a digit model that was stopped early."
-    return recipe_trainer(r, *digits()[:2], device="cpu").fit().net.state_dict(), {}
+    "The weights of a digit model that was stopped early, in float16."
+    net = recipe_trainer(r, *digits()[:2], device="cpu").fit().net
+    return {name: v.half() for name, v in net.state_dict().items()}, {}
 
 
 def weak_digits() -> NetDenoiser:
