@@ -24,7 +24,7 @@ from diffusion_nb.experiments.codes import (
     masked_counts,
 )
 from diffusion_nb.experiments.latent import mnist_codec
-from diffusion_nb.nets.text import LabelledText
+from diffusion_nb.nets.text import TextNet
 from diffusion_nb.samplers.discrete import noisy_surest
 
 SMALL = CodeRecipe(width=16, depth=1, heads=2, steps=3, batch=8, warmup=1)
@@ -46,7 +46,7 @@ def test_guided_logits_go_beyond_those_of_the_label():
 
 
 def test_a_label_is_added_to_each_token():
-    net = LabelledText(5, 3, 2, width=8, depth=1, heads=2).eval()
+    net = TextNet(5, 3, 8, 1, 2, classes=2).eval()
     x, t = torch.tensor([[0, 1, 5]]), torch.ones(1)
     with torch.no_grad():
         before = net(x, t, torch.tensor([1]))

@@ -14,12 +14,12 @@ from diffusion_nb.corruption import MaskTokens, ancestral, kept
 from diffusion_nb.data import data_set
 from diffusion_nb.experiments.artifacts import artifact
 from diffusion_nb.experiments.judge import accuracy_of, mnist_judge
-from diffusion_nb.experiments.latent import mnist_codec
+from diffusion_nb.experiments.latent import mnist_codec, rounded
 from diffusion_nb.experiments.pictures import from_bytes, in_bytes, trained_on
 from diffusion_nb.experiments.reference import features, reference
 from diffusion_nb.losses.discrete import mask_loss
 from diffusion_nb.metrics.features import frechet_distance
-from diffusion_nb.nets.text import LabelledText
+from diffusion_nb.nets.text import TextNet
 from diffusion_nb.noise import Noise
 from diffusion_nb.recipes.diffusion import Training
 from diffusion_nb.recipes.settings import settings
@@ -52,11 +52,11 @@ class CodeRecipe(Training):
     ema: float = 0.998
     beta2: float = 0.98
 
-    def fresh(self) -> LabelledText:
+    def fresh(self) -> TextNet:
         "The network, not trained, from the recipe's seed."
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return LabelledText(CODES, LENGTH, CLASSES, width=self.width, depth=self.depth, heads=self.heads)
+            return TextNet(CODES, LENGTH, self.width, self.depth, self.heads, classes=CLASSES)
 
 
 # pictures and their codes
@@ -123,7 +123,6 @@ def train_codes(r: CodeRecipe, **options) -> tuple[dict, dict]:
     drawn = {name: as_pictures(codec, draw_codes(net, wanted, first=2**20, **way)) for name, way in WAYS.items()}
     drawn = {name: judged(x, wanted) for name, x in drawn.items()}
     drawn |= {"held-out pictures": judged(data.x_test[:500], y), "held-out pictures, encoded and decoded": judged(as_pictures(codec, held), y)}  # fmt: skip
-    rounded = lambda said: {k: rounded(v) if isinstance(v, dict) else round(v, 4) for k, v in said.items()}
     return weights, rounded(said | drawn) | trained_on()
 
 
@@ -134,7 +133,7 @@ def judged(x: Float[Tensor, "n 1 28 28"], y: Int[Tensor, " n"]) -> dict[str, flo
     return {"recognised": accuracy_of(judge, x, y), "Fréchet distance": distance}
 
 
-def code_net() -> LabelledText:
+def code_net() -> TextNet:
     "The transformer of the codes of MNIST (artifact `mnist_codes`), in eval mode."
     r = settings("26_discrete.codes", CodeRecipe)
     net = r.fresh()
@@ -158,7 +157,7 @@ def masked_counts(steps: int) -> list[int]:
     return left
 
 
-def guided(net: LabelledText, y: Int[Tensor, " n"], w: float) -> Callable:
+def guided(net: TextNet, y: Int[Tensor, " n"], w: float) -> Callable:
     "(codes, t) ↦ logits, (1 + w) times those of the labels less w times those of any label."
     if not w:
         return partial(net, y=y)
@@ -167,7 +166,7 @@ def guided(net: LabelledText, y: Int[Tensor, " n"], w: float) -> Callable:
 
 
 @torch.no_grad()
-def draw_codes(net: LabelledText, y: Int[Tensor, " n"], rule: Callable = kept, steps: int = 8, w: float = 1.0, first: int = 0, callback: Callable | None = None) -> Int[Tensor, "n 49"]:  # fmt: skip
+def draw_codes(net: TextNet, y: Int[Tensor, " n"], rule: Callable = kept, steps: int = 8, w: float = 1.0, first: int = 0, callback: Callable | None = None) -> Int[Tensor, "n 49"]:  # fmt: skip
     "Codes of pictures of these labels, in so many steps, with guidance weight w; the i-th has seed first + i."
     noise = Noise(range(first, first + len(y)), (LENGTH,))
     guess = TokenGuess(guided(net, y, w), MASK)

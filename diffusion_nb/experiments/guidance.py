@@ -17,6 +17,7 @@ from ..denoisers import Denoiser, NetDenoiser
 from .artifacts import artifact
 from .digits import digit_denoiser, draw_digits
 from .evaluation import evaluate
+from .pictures import halved
 from ..forward import q_sample
 from ..guidance import CFG, AutoGuidance, ClassifierGuidance, Unconditional, interval
 from ..nets.classifier import NoisyClassifier, classifier_loss
@@ -63,7 +64,7 @@ def train_classifier(r: NoisyClassifierRecipe) -> tuple[dict, dict]:
     classifier = Trainer(
         fresh_classifier(r), data.x, loss=classifier_loss, cond={"y": data.y}, device="cpu", **r.options()
     ).fit()
-    return {name: v.half() for name, v in classifier.state_dict().items()}, {
+    return halved(classifier), {
         f"accuracy at t = {t}": round(accuracy_at(classifier, data.x_test, data.y_test, t), 4)
         for t in (0.1, 0.3, 0.5, 0.7, 0.9)
     }
@@ -80,8 +81,7 @@ def noisy_classifier() -> NoisyClassifier:
 # %% ../../nbs/13_guidance.ipynb #5a23a751
 def train_weak(r: Recipe) -> tuple[dict, dict]:
     "The weights of a digit model that was stopped early, in float16."
-    net = recipe_trainer(r, *digits()[:2], device="cpu").fit().net
-    return {name: v.half() for name, v in net.state_dict().items()}, {}
+    return halved(recipe_trainer(r, *digits()[:2], device="cpu").fit().net), {}
 
 
 def weak_digits() -> NetDenoiser:

@@ -241,17 +241,22 @@ MADE = {
     "emoji_kl": (train_emoji_codec, "codec.emoji", AutoencoderRecipe),
     "mnist_latent": (train_mnist_latent, "latent.mnist", LatentRecipe),
     "emoji_latent": (train_emoji_latent, "latent.emoji", LatentRecipe),
-}  # what makes each artifact of this module, by the recipe of which section
+    "emoji": (train_emoji, "recipe.emoji", CaptionRecipe),
+}  # what makes each artifact of this module, and the model it is compared with, by the recipe of which section
 
 
 def pixel_scores() -> dict[str, dict]:
     "Of the model of emoji at 32×32: what the judge said in the course of its training, and of all held-out captions at its end, and of held-out emoji."
-    course = artifact("emoji", train_emoji, settings("recipe.emoji", CaptionRecipe))[1]["metrics"]
     end = artifact("references", make_references, settings("references", ReferenceRecipe))[1]["metrics"]["emoji"]
-    return course | {"all held-out captions": end["drawn"], "held-out emoji": end["held out"]}
+    return metrics("emoji") | {"all held-out captions": end["drawn"], "held-out emoji": end["held out"]}
+
+
+def card(name: str) -> dict:
+    "The card of one of the artifacts in MADE."
+    make, section, kind = MADE[name]
+    return artifact(name, make, settings(section, kind))[1]
 
 
 def metrics(name: str) -> dict:
-    "What the card of an artifact of this module says of it."
-    make, section, kind = MADE[name]
-    return artifact(name, make, settings(section, kind))[1]["metrics"]
+    "What the card of one of the artifacts in MADE says of it."
+    return card(name)["metrics"]

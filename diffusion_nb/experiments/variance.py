@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data import digits
 from ..denoisers import Clip, NetDenoiser, predict_eps
 from .artifacts import artifact
+from .pictures import halved
 from ..forward import Step, posterior_steps
 from ..grids import time_grid
 from ..likelihood.bits import Bits, bits_per_dim, fitted_variance
@@ -144,7 +145,7 @@ def run_improved(r: BoundsRecipe) -> tuple[dict, dict]:
             denoiser = bounds_trainer(r, way, seed).fit()
             table[i, seed] = bounds_numbers(denoiser)
             if way == "cosine, L_hybrid" and seed == 0:
-                weights = {name: v.half() for name, v in denoiser.net.state_dict().items()}
+                weights = halved(denoiser.net)
     return {"table": table, **weights}, {way: bits_card(row) for way, row in zip(WAYS, table, strict=True)}
 
 

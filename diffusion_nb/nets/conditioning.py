@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/13_guidance.ipynb #be6f518d
 class WithGuess(nn.Module):
-    "`net`, which also sees a guess of the picture, or zeros; it takes twice the channels of x. (Chen et al. 2022, section 3.2)"
+    "`net`, which also sees a guess of the picture, or zeros; it takes twice the channels of x. (Chen et al. 2022)"
 
     def __init__(self, net: nn.Module):
         super().__init__()
