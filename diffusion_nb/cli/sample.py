@@ -32,7 +32,7 @@ class Sample:
     guidance: float | None = None
     "Classifier-free guidance, the weight w in (w+1) with - w without label; if not given, 2 for emoji, 1 for emoji-unclip, else 0."
     batch: int = 0
-    "Pictures at a time, which does not change them; 0: as many as fit."
+    "Pictures at a time, which changes nothing but rounding; 0: as many as fit."
     sampler: str | None = None
     "How to walk from noise to pictures, one of cli/samplers.py: ddpm, or with few steps, such as --steps 20, ddim, heun or dpmpp_2m. If not given: ddpm, dpmpp_2m for emoji, or ddim for a student."
     variance: Literal["small", "large"] | None = None

@@ -40,7 +40,7 @@ def langevin(denoiser: Denoiser, x: Float[Tensor, "b *d"], t: Float[Tensor, ""],
     Parameters
     ----------
     x: where to start. t: one time for all steps; the walk settles near p_t, the density of the noised data.
-    delta: the size of a step; must stay below 4 Var, the smallest variance of p_t in any direction, or the walk explodes.
+    delta: the size of a step; for a Gaussian p_t it must stay below 4 times the smallest variance in any direction, or the walk explodes; for separate islands, below 4 times that of one.
     noise, callback, cond: as in `ddpm`. Raises ValueError where x, t, steps, delta or the shape of the noise are wrong.
     """
     check_finite(x, "x"), check_time(t), check_walk(steps, delta=delta), check_eval(denoiser)

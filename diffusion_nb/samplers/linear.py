@@ -270,7 +270,7 @@ def dpmpp_3m(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n
              lower_order_final: bool = True, callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
     """DPM-Solver++ (3M): third order, one call per step; nothing is random. (Lu et al. 2022, DPM-Solver++, multistep of order 3)
 
-    Parameters are those of `dpmpp_2m`; with lower_order_final the walk as a whole is of second order. The second difference has its exact weight; in the published programs it has half of that.
+    Parameters are those of `dpmpp_2m`; with lower_order_final the walk as a whole is of second order. The second difference has its exact weight; in the published programs its quadratic part has half of that.
     Raises ValueError as `check_sampling` does.
     """
     check_sampling(x, ts, noise, denoiser)

@@ -43,7 +43,7 @@ class Rates(NamedTuple):
 def rates(schedule: Schedule, t: Float[Tensor, "*b"]) -> Rates:
     """The coefficients of dx = f x dt + g dw for any schedule, by automatic differentiation. (SDE-coef)
 
-    Raises ValueError at times outside [0, 1] and where a rate is not finite: at t = 0 if sigma is 0 there, at t = 1 if alpha is.
+    Raises ValueError at times outside [0, 1] and where a rate is not finite: at t = 0 where sigma is 0 and its slope infinite, as VP's, at t = 1 if alpha is 0.
     """
     t = torch.as_tensor(t, dtype=torch.float64)
     check_time(t)
