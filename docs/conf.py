@@ -24,10 +24,11 @@ myst_heading_anchors = 4
 html_theme = "furo"
 html_title = "diffusion_nb"
 html_static_path = ["_static"]
+html_favicon = "_static/icon.svg"
 html_css_files = ["book.css"]
 html_js_files = [("book.js", {"defer": "defer"})]
 html_show_sourcelink = html_copy_source = False
-pygments_style, pygments_dark_style = "friendly", "monokai"
+pygments_style, pygments_dark_style = "a11y-high-contrast-light", "monokai"  # legible, as tests/test_browser.py asks
 
 # MathJax and its fonts lie beside the pages: nothing is fetched.
 mathjax_path = "mathjax/tex-chtml.js"
