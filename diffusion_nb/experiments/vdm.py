@@ -175,7 +175,7 @@ class DigitsVDM(VDMRecipe):
 
 
 def run_vdm(r: DigitsVDM) -> tuple[dict, dict]:
-    "Bits of 300 held-out digits, (with and without Fourier features, seeds, 3 terms, 300), the ends, and the weights of one network."
+    "Bits of 300 held-out digits, (with and without Fourier features, seeds, 3 terms, 300), the ends, and the weights of one network in float16."
     data, tensors, metrics = digits(), {}, {}
     for name, exponents in (("features", r.exponents), ("plain", ())):
         rows, ends = [], []
@@ -184,7 +184,8 @@ def run_vdm(r: DigitsVDM) -> tuple[dict, dict]:
             rows.append(torch.stack(vdm_bits(Clip(model), data.x_test, r.levels, y=data.y_test)).float())
             ends.append(model.denoiser.schedule.ends.detach())
             if seed == 0 and exponents:
-                tensors |= {f"model.{key}": value.detach().clone() for key, value in model.named_parameters()}
+                halves = lambda v: v.half() if v.dtype == torch.float32 else v
+                tensors |= {f"model.{key}": halves(v.detach()).clone() for key, v in model.named_parameters()}
         tensors |= {f"bits.{name}": torch.stack(rows), f"ends.{name}": torch.stack(ends)}
         metrics |= {f"bits, {name}": [round(row.sum(0).mean().item(), 4) for row in rows]}
     return tensors, metrics
