@@ -352,3 +352,42 @@ def test_in_two_stages_by_hand():
     given = alpha * low + sigma * Noise([3, 4], (1, 4, 4))(2**20)
     assert torch.allclose(seen["low"], given, atol=1e-5) and torch.allclose(seen["s"], torch.tensor([0.1, 0.1]))
     assert torch.allclose(torch.nn.functional.avg_pool2d(x, 2), low, atol=1e-4)
+
+
+def told_by_length(texts):
+    "In place of the published encoder: as many tokens as words, each a fixed vector of its word and its text."
+    words = [text.split() for text in texts]
+    found = torch.zeros(len(texts), max(map(len, words)), 384)
+    there = torch.zeros(found.shape[:2], dtype=torch.bool)
+    for row, (some, flags) in enumerate(zip(words, there, strict=True)):
+        flags[: len(some)] = True
+        for k, word in enumerate(some):
+            g = torch.Generator().manual_seed(sum(i * ord(c) for i, c in enumerate(word + texts[row], 1)))
+            found[row, k] = torch.randn(384, generator=g)
+    return found, there
+
+
+def test_a_model_that_reads_a_frozen_encoder_is_trained_and_draws(monkeypatch, tmp_path):
+    "`train --text`: the same latents as `--latent`, tokens in place of learned words; the folder holds all that it needs but the encoder."
+    from diffusion_nb.emoji import emoji
+    from diffusion_nb.recipes import text
+
+    some = emoji(64)
+    pictures = tasks.Asked(some.x[:80], None, list(some.captions[:80]), None, (3, 64, 64), 256)
+    monkeypatch.setattr(text, "encoder", lambda: told_by_length)
+    monkeypatch.setattr(tasks, "asked_pictures", lambda args: pictures)
+    words = ["train", "--data", "emoji", "--size", "64", "--text", "emoji-codec", "--width", "16", *SHORT]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    model = Model.load(tmp_path / "run")
+    reader = model.denoiser.net.context
+    assert model.about.family == "text" and model.codec.about.family == "codec"
+    assert reader.tokens(some.captions[:80])[0].shape[1] == model.about.recipe.kept
+    tokens = torch.cat(reader.tokens(some.captions[:80]))
+    assert tokens.mean(0).abs().max() < 0.02  # as `fit_tokens` centres them
+    assert main(["sample", "--model", str(tmp_path / "run"), "--prompt", some.captions[0], "--n", "1", "--steps", "2", "--out", str(tmp_path / "drawn"), *CPU]) == 0  # fmt: skip
+    assert load_file(tmp_path / "drawn/samples.safetensors")["pictures"].shape == (1, 3, 64, 64)
+
+
+def test_text_needs_captions(capsys):
+    assert main(["train", "--data", "digits", "--text", "emoji-codec"]) == 1
+    assert "--text: expected captions" in capsys.readouterr().err

@@ -19,7 +19,7 @@ def device_name(device) -> str:
 
 
 def load_model(name: str):
-    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-codec, emoji-latent, emoji-text, emoji-unclip, emoji-upsampler, cold-mnist or words."
+    "The `Model` of a folder or a file of weights, or one that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-codec, emoji-latent, emoji-text, emoji-unclip, emoji-upsampler, scenes, cold-mnist or words."
     from diffusion_nb.cli import systems
     from diffusion_nb.experiments.control import emoji_control_model
     from diffusion_nb.experiments.digits import digit_denoiser
@@ -27,6 +27,7 @@ def load_model(name: str):
     from diffusion_nb.experiments.imagen import emoji_text_model
     from diffusion_nb.experiments.latent import emoji_codec, emoji_latent_model, emoji_latent_shape
     from diffusion_nb.experiments.pictures import cifar10_denoiser, fashion_denoiser, mnist_denoiser
+    from diffusion_nb.experiments.scenes import SHAPE, scene_model
     from diffusion_nb.models.model import About, Model
     from diffusion_nb.recipes.diffusion import recipe
     from diffusion_nb.recipes.latent import AutoencoderRecipe
@@ -49,6 +50,7 @@ def load_model(name: str):
         "emoji-text": lambda: with_recipe("text", emoji_text_model(), emoji_latent_shape(), emoji_codec_model()),
         "emoji-unclip": systems.unclip,
         "emoji-upsampler": systems.upsampler,
+        "scenes": lambda: with_recipe("tokens", scene_model(), SHAPE),
         "cold-mnist": systems.cold,
         "words": systems.words,
     }

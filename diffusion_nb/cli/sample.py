@@ -14,7 +14,7 @@ from diffusion_nb.cli.models import condition_of, device_name, hint_of, load_mod
 @dataclass
 class Sample:
     model: str = "digits"
-    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-latent and emoji-text, which draw at 64×64, emoji-unclip, cold-mnist, or words, which writes."
+    "A folder or checkpoint written by train or distill, or a model that comes with the book: digits, mnist, fashion-mnist, cifar10, emoji, emoji-outlines, emoji-latent and emoji-text, which draw at 64×64, emoji-unclip, scenes, cold-mnist, or words, which writes."
     n: Annotated[int, arg(aliases=["--pictures"])] = 64
     "How many pictures (torchrun takes --n for its own: say --pictures)."
     steps: int | None = None

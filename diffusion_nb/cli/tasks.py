@@ -187,21 +187,46 @@ def codec_task(args, asked: Asked, family: str) -> Task:
     )
 
 
+def codec_of(name: str, asked: Asked, option: str):
+    "The codec of this name. Raises ValueError where it is none of such pictures."
+    codec = load_model(name)
+    if codec.about.family != "codec" or tuple(codec.about.shape) != tuple(asked.shape):
+        raise ValueError(f"{option}: expected a codec of pictures of shape {tuple(asked.shape)}, as train --codec writes it; "
+                         f"got a {codec.about.family} model of {tuple(codec.about.shape)}")  # fmt: skip
+    return codec
+
+
 def latent_task(args, asked: Asked, family: str) -> Task:
-    "A diffusion model of the latents of a codec. Raises ValueError where that is none of such pictures."
+    "A diffusion model of the latents of a codec. Raises ValueError as `codec_of` does."
     from diffusion_nb.codecs import latents
     from diffusion_nb.emoji import vocabulary
     from diffusion_nb.recipes.latent import LatentRecipe, latent_trainer
 
-    codec, x = load_model(args.latent), asked.in_memory("--latent")
-    if codec.about.family != "codec" or tuple(codec.about.shape) != tuple(asked.shape):
-        raise ValueError(f"--latent: expected a codec of pictures of shape {tuple(asked.shape)}, as train --codec writes it; "
-                         f"got a {codec.about.family} model of {tuple(codec.about.shape)}")  # fmt: skip
+    codec, x = codec_of(args.latent, asked, "--latent"), asked.in_memory("--latent")
     r, z = changed(args, asked, "latent", LatentRecipe), latents(codec.denoiser, x)
     labels = 0 if asked.y is None else int(asked.y.max()) + 1
     r = replace(r, classes=labels, words=vocabulary(asked.captions) if asked.captions else ())
     shape = (z.shape[1] // 2, *z.shape[2:])
     return Task(family, r, partial(latent_trainer, r, z, asked.captions or asked.y), shape, codec=codec)
+
+
+def text_task(args, asked: Asked, family: str) -> Task:
+    "A model of the latents of emoji that reads the tokens of the published text encoder. Raises ImportError where that is not installed, ValueError for pictures without captions."
+    from diffusion_nb.codecs import latents
+    from diffusion_nb.experiments.imagen import fit_tokens
+    from diffusion_nb.recipes.text import TextRecipe, text_denoiser, text_trainer
+
+    if not asked.captions:
+        raise ValueError("--text: expected captions, as --data emoji --size 64 has them; got pictures without any")
+    codec, x = codec_of(args.text, asked, "--text"), asked.in_memory("--text")
+    r, z = changed(args, asked, "text", TextRecipe), latents(codec.denoiser, x)
+    shape = (z.shape[1] // 2, *z.shape[2:])
+    denoiser = text_denoiser(r, shape)
+    print(f"the encoder reads {len(asked.captions)} captions, which takes up to a minute")
+    fit_tokens(denoiser.net.context, asked.captions)
+    y = denoiser.net.context.told(asked.captions)
+    trainer = lambda denoiser, **options: text_trainer(r, z, y, denoiser, **options)
+    return Task(family, r, trainer, shape, denoiser, codec=codec)
 
 
 def cold_task(args, asked: Asked, family: str) -> Task:
@@ -244,9 +269,18 @@ def words_task(args, asked: Asked, family: str) -> Task:
 
 TASKS = {
     "diffusion": plain_task, "vdm": plain_task, "dit": plain_task, "captions": caption_task, "dit-captions": caption_task, "control": control_task,
-    "codec": codec_task, "latent": latent_task, "cold": cold_task, "upsampler": upsampler_task, "words": words_task,
+    "codec": codec_task, "latent": latent_task, "text": text_task, "cold": cold_task, "upsampler": upsampler_task, "words": words_task,
 }  # fmt: skip
-KINDS = "vdm", "dit", "control", "codec", "latent", "cold", "upsampler"  # the options that name a kind of model
+KINDS = (
+    "vdm",
+    "dit",
+    "control",
+    "codec",
+    "latent",
+    "text",
+    "cold",
+    "upsampler",
+)  # the options that name a kind of model
 
 
 def family_of(args) -> str:
@@ -269,7 +303,7 @@ def task_of(args) -> Task:
     of_labels = family in ("diffusion", "vdm", "dit")
     if not of_labels and (args.grids or args.report):
         raise ValueError(f"--grids, --report: they are of models of labelled pictures, not of family {family}")
-    if family in ("control", "codec", "cold", "upsampler") and args.from_:
+    if family in ("control", "codec", "text", "cold", "upsampler") and args.from_:
         raise ValueError(f"--from: not with --{family}")
     if args.data == "emoji" and family == "cold":
         raise ValueError("--cold: emoji have captions, not labels, which a restorer does not read")

@@ -44,6 +44,8 @@ class Train:
     "An autoencoder, whose latents another model can draw (notebook 19); sections [codec.NAME] of settings.ini."
     latent: str | None = None
     "A model of the latents of this codec, a folder that train --codec wrote, or emoji-codec (notebook 19); sections [latent.NAME]."
+    text: str | None = None
+    "The same, of captioned pictures, by a model that reads the tokens of a frozen text encoder (notebook 21); needs the extra [text]; sections [text.NAME]."
     cold: bool = False
     "A network that takes away blur, and draws from a grey level (notebook 25); sections [25_cold.NAME] of settings.ini."
     upsampler: bool = False

@@ -130,7 +130,7 @@ SAMPLERS = {"DDPM": ddpm, "DDIM": ddim, "Heun": heun, "2M": dpmpp_2m, "2M SDE": 
 
 
 def grid_for(name: str, schedule: Schedule, n: int, grid: Callable = even_logsnr_grid) -> Float[Tensor, " steps+1"]:  # fmt: skip
-    "The times for n calls of one of SAMPLERS: Heun calls twice a step, but once in the last; DDPM has even times."
+    "The times for at most n calls of one of SAMPLERS: Heun calls twice a step, but once in the last, and where sigma/alpha falls to less than a hundredth; DDPM has even times."
     if name == "DDPM":
         return time_grid(n)
     return grid(schedule, (n + 1) // 2 if name == "Heun" else n)

@@ -26,7 +26,7 @@ def exact_divergence(v: Callable, x: Float[Tensor, "b *d"]) -> tuple[Tensor, Flo
 
 
 def hutchinson(z: Float[Tensor, "b *d"]) -> Callable:
-    "A divergence like `exact_divergence` by one backward pass: zᵀ J z, unbiased for random z of mean 0 and variance 1, such as `noise(0).sign()`."
+    "A divergence like `exact_divergence` by one backward pass: zᵀ J z, unbiased for random z with E zzᵀ = I, such as `noise(0).sign()`."
 
     def divergence(v, x):
         out, pull = torch.func.vjp(v, x)

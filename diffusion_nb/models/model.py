@@ -28,6 +28,7 @@ FAMILIES = {  # the kind of recipe, and what builds its network
     "diffusion": (Recipe, recipe_denoiser),
     "vdm": (VDMRecipe, vdm_denoiser),
     "captions": (CaptionRecipe, caption_denoiser),
+    "tokens": (LatentRecipe, latent_denoiser),  # pictures, by a network that reads captions word by word
     "dit": (DiTRecipe, dit_denoiser),
     "dit-captions": (DiTCaptionRecipe, dit_denoiser),
     "control": (ControlRecipe, control_denoiser),

@@ -35,7 +35,7 @@ def churned(
 def heun(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[Tensor, " n+1"], *, noise: Callable[[int], Tensor] | None = None,
          s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0,
          callback: Callable | None = None, **cond) -> Float[Tensor, "b *d"]:  # fmt: skip
-    """Heun's method along d(x/alpha)/d(sigma/alpha) = ε̂, of second order; n steps call the denoiser 2n - 1 times. (EDM, algorithms 1 and 2)
+    """Heun's method along d(x/alpha)/d(sigma/alpha) = ε̂, of second order; n steps call the denoiser at most 2n - 1 times. (EDM, algorithms 1 and 2)
 
     Parameters
     ----------
