@@ -9,12 +9,14 @@ from diffusion_nb.experiments.scenes import (
     Scene,
     draw_scenes,
     obeyed,
+    scene_denoiser,
     scene_model,
     scenes_seen,
     split_scenes,
     train_on_scenes,
 )
 from diffusion_nb.recipes.latent import LatentRecipe
+from diffusion_nb.recipes.settings import settings
 
 ASKED = Scene(3, 0, "left of", 7, 2)
 
@@ -39,7 +41,7 @@ def test_training_sees_each_known_scene_equally_often(monkeypatch):
         seen.update(x=x, y=options["cond"]["y"])
         raise Stops
 
-    reader = scene_model()[0].net.context
+    reader = scene_denoiser(settings("scenes.words", LatentRecipe)).net.context
     monkeypatch.setattr(scenes, "recipe_trainer", trainer)
     monkeypatch.setattr(scenes, "pictures_of_scenes", lambda wanted: torch.zeros(len(wanted), 1))
     try:
