@@ -8,7 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import diffusion_nb as dn
 
@@ -132,3 +134,11 @@ def test_the_first_cell_clones_and_installs_where_it_is_not(first_cell, tmp_path
 def test_each_artifact_is_in_the_table_of_what_ships(card):
     rows = [line.split("|")[1] for line in (ROOT / "data/README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]  # fmt: skip
     assert card.stem in {name.strip() for row in rows for name in row.split(",")}
+
+
+def test_the_table_says_what_is_kept_in_8_bits():
+    rows = [line for line in (ROOT / "data/README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]  # fmt: skip
+    for row, name in ((row, name.strip()) for row in rows for name in row.split("|")[1].split(",")):
+        path = ROOT / f"data/artifacts/{name}.safetensors"
+        if path.exists() and any(v.dtype == torch.int8 for v in load_file(path).values()):
+            assert "8 bits" in row or name == "emoji_texts", name

@@ -354,7 +354,7 @@ def test_in_two_stages_by_hand():
     assert torch.allclose(torch.nn.functional.avg_pool2d(x, 2), low, atol=1e-4)
 
 
-def told_by_length(texts):
+def told_by_letters(texts):
     "In place of the published encoder: as many tokens as words, each a fixed vector of its word and its text."
     words = [text.split() for text in texts]
     found = torch.zeros(len(texts), max(map(len, words)), 384)
@@ -374,7 +374,7 @@ def test_a_model_that_reads_a_frozen_encoder_is_trained_and_draws(monkeypatch, t
 
     some = emoji(64)
     pictures = tasks.Asked(some.x[:80], None, list(some.captions[:80]), None, (3, 64, 64), 256)
-    monkeypatch.setattr(text, "encoder", lambda: told_by_length)
+    monkeypatch.setattr(text, "encoder", lambda: told_by_letters)
     monkeypatch.setattr(tasks, "asked_pictures", lambda args: pictures)
     words = ["train", "--data", "emoji", "--size", "64", "--text", "emoji-codec", "--width", "16", *SHORT]
     assert main([*words, "--out", str(tmp_path / "run")]) == 0

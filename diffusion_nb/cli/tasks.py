@@ -271,16 +271,7 @@ TASKS = {
     "diffusion": plain_task, "vdm": plain_task, "dit": plain_task, "captions": caption_task, "dit-captions": caption_task, "control": control_task,
     "codec": codec_task, "latent": latent_task, "text": text_task, "cold": cold_task, "upsampler": upsampler_task, "words": words_task,
 }  # fmt: skip
-KINDS = (
-    "vdm",
-    "dit",
-    "control",
-    "codec",
-    "latent",
-    "text",
-    "cold",
-    "upsampler",
-)  # the options that name a kind of model
+KINDS = ("vdm", "dit", "control", "codec", "latent", "text", "cold", "upsampler")  # the options that name a kind of model  # fmt: skip
 
 
 def family_of(args) -> str:
