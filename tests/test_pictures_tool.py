@@ -7,7 +7,13 @@ import json
 import numpy as np
 from PIL import Image
 
-from tools.pictures import as_png, make_small, smaller
+from tools.pictures import make_small, smaller
+
+
+def as_png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 def noise(levels: int, size: int = 64) -> Image.Image:
