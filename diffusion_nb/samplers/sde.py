@@ -118,7 +118,7 @@ def predictor_corrector(denoiser: Denoiser, x: Float[Tensor, "b *d"], ts: Float[
 
     Parameters
     ----------
-    x, ts, callback, cond: as for `reverse_sde`. The denoiser is called n + (n - 1) corrections times.
+    x, ts, callback, cond: as for `reverse_sde`. The denoiser is called n + (n - 1) corrections times, with at_start n + n corrections times.
     noise: as there; correction j (from 0) after step i takes noise(n (j + 1) + i + 1).
     step_size: (pred, z) ↦ the length of a correction: `sigma_steps()` if not given, `ratio_steps()` as in the paper, or your own.
     predictor: (schedule, ts) ↦ (a, b, c) of each step: `euler_maruyama`, or `reverse_diffusion`, which the paper recommends.
