@@ -24,6 +24,7 @@ def artifact_makers() -> dict:
         levels,
         pictures,
         reference,
+        scene_clips,
         scenes,
         students,
         variance,
@@ -102,5 +103,6 @@ def artifact_makers() -> dict:
         "emoji_prior": (clip.train_prior, clip.prior_recipe()),
         "emoji_decoder": (clip.train_decoder, clip.decoder_recipe()),
         "clip_guidance": (clip.run_clip_guidance, clip.guidance_recipe()),
+        "scene_clips": (scene_clips.train_scene_clips, of("22_unclip.scenes", clip.ClipRecipe)),
         "unclip": (clip.run_unclip, clip.unclip_recipe()),
     }
