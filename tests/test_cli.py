@@ -344,10 +344,24 @@ def test_a_finished_run_keeps_its_record(tmp_path, capsys):
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.parametrize("command, name", [(["sample", "--model", "words", "--n", "2"], "samples.txt"), ([*SMALL], "model.json"), ([*SMALL], "run.json")])  # fmt: skip
+def test_files_of_others_stop_a_command_before_it_writes(command, name, tmp_path, capsys):
+    (tmp_path / name).write_text('{"mine": 1}')
+    assert main([*command, "--out", str(tmp_path)]) == 1
+    assert f"holds {name}, not written by this program" in capsys.readouterr().err
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {name: '{"mine": 1}'}
+
+
+def test_texts_are_written_again_over_texts(tmp_path):
+    words = ["sample", "--model", "words", "--n", "2", "--out", str(tmp_path)]
+    assert main(words) == 0 == main([*words, "--seed", "5"])
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 5
+
+
 def test_another_recipe_is_not_written_over_the_weights_of_this_one(tmp_path, capsys, monkeypatch):
     assert main([*SMALL, "--out", str(tmp_path)]) == 0
     before = (tmp_path / "run.json").read_bytes()
-    for change in ("target=eps", "schedule=linear", "ema=0.5"):
+    for change in ("target=eps", "schedule=linear", "ema=0.5", "decay=constant"):
         monkeypatch.setenv("DIFFUSION_NB_SET", f"recipe.digits.{change}")
         assert main([*SMALL, "--out", str(tmp_path)]) == 1
         assert re.search("is of another run|does not fit the network", capsys.readouterr().err)

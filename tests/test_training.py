@@ -391,6 +391,19 @@ def test_without_skip_a_bad_step_stops_before_it_is_saved(tmp_path):
     assert again.step == 6 and all(v.isfinite().all() for v in again.state.tensors().values())
 
 
+def test_a_gradient_that_spoils_the_weights_alone_stops_before_it_is_saved(tmp_path):
+    "The loss of step 6 is finite, its gradient is not: the root of 0."
+    file, steps = tmp_path / "run.safetensors", []
+
+    def rooted(denoiser, x0, t, eps):
+        steps.append(0)
+        bad = (denoiser.net.w * 0).abs().sqrt() if len(steps) == 6 else 0
+        return denoising_loss(denoiser, x0, t, eps) + bad
+
+    with pytest.raises(FloatingPointError, match="weights are not finite, between steps 5 and 6: .*holds step 3"):
+        spoilt(set(), loss=rooted, checkpoint=file, save_every=3).fit()
+
+
 def test_skipped_steps_are_remembered(tmp_path):
     whole, first = (spoilt({2}, skip=True, checkpoint=tmp_path / f"{i}.safetensors") for i in range(2))
     for _ in range(8):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from diffusion_nb.cli.folders import check_own
 from diffusion_nb.cli.models import condition_of, device_name, hint_of, load_model, null_of, reads_captions
 
 
@@ -63,6 +64,7 @@ def sample(args: Sample) -> int:
     with process_group(cpu=args.device == "cpu") as team:
         device, model = torch.device(args.device) if args.device else team.device, load_model(args.model)
         check_sample(args, model)
+        check_own(out, ("grid.png", "film.gif", "samples.txt", "run.json"))
         if model.about.family == "words":
             if team.rank == 0:
                 sample_texts(args, model, device, out)
@@ -99,12 +101,12 @@ def show_drawn(args: Sample, model, asked: dict, file: Path, out: Path, here: di
     "A grid of what was drawn, a film if it was asked for, and a record of how."
     import torch
 
+    write_how(args, model, len(asked["ts"]) - 1, here, out / "run.json")
     write_grid(file, out / "grid.png")
     if args.film:
         first = torch.arange(min(args.n, 16))
         of_first = {name: v[first] for name, v in (asked["cond"] or {}).items()}
         write_film(asked["denoiser"], asked["sampler"], asked["ts"], first + args.seed, asked["shape"], of_first, out / "film.gif", asked["decode"])  # fmt: skip
-    write_how(args, model, len(asked["ts"]) - 1, here, out / "run.json")
     print(f"{args.n} pictures: {file}, and {out}/grid.png and run.json{' and film.gif' if args.film else ''}")
 
 

@@ -33,9 +33,9 @@ def sample_texts(args, model, device, out: Path) -> None:
         else asked_in_turn(args.prompt, args.n, "a text with holes, such as s___e")
     )
     found = written(model.denoiser.to(device), r, wanted, args.seed, args.steps)
-    write_atomically(out / "samples.txt", lambda p: p.write_text("\n".join([*found, ""]), encoding="utf-8"))
     here = dict(seconds=round(time.perf_counter() - start, 1), device=device_name(device))
     write_json(out / "run.json", asdict(args) | here | dict(recipe=asdict(r)))
+    write_atomically(out / "samples.txt", lambda p: p.write_text("\n".join([*found, ""]), encoding="utf-8"))
     print(" ".join(found[:64]) + (" …" if len(found) > 64 else ""))
     print(f"{args.n} texts: {out / 'samples.txt'}, and run.json")
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from diffusion_nb.cli.folders import check_own
 from diffusion_nb.cli.models import device_name
 from diffusion_nb.cli.tasks import family_of, task_of
 
@@ -130,12 +131,13 @@ def prepared(args: Train, team, out: Path):
 
 
 def check_start(trainer, about, out: Path) -> None:
-    "Say that a run goes on. Raises ValueError where it began from other weights, and OSError where there is no room."
+    "Say that a run goes on. Raises ValueError where it began from other weights, and OSError where there is no room, or other files are in the way."
     from diffusion_nb.models.model import read_about
 
     if trainer.step and (start_was := read_about(out / "model.json").start) != about.start:
         raise ValueError(f"{out} holds a run that began from {start_was or 'a fresh network'}; name another --out")
     if trainer.rank == 0:
+        check_own(out, ("model.safetensors", "model.json", "run.json", "report.png"))
         trainer.checkpoints.check_room(trainer.state.nbytes())
         about.save(out)
         if trainer.step:

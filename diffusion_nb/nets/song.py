@@ -33,7 +33,7 @@ class Resample(nn.Module):
 
 # %% ../../nbs/29_weights.ipynb #29b00004
 class FourierFeatures(nn.Module):
-    "sin(2π f t), then cos(2π f t), at fixed random frequencies f ~ N(0, scale²). (Song et al. 2021, appendix C)"
+    "sin(2π f t), then cos(2π f t), at fixed random frequencies f ~ N(0, scale²). (Song et al. 2021, appendix H.2)"
 
     def __init__(self, dim: int, scale: float = 16.0):
         super().__init__()

@@ -83,6 +83,10 @@ class State:
             if self.buffers:
                 torch._foreach_copy_(self.average_buffers, self.buffers)
 
+    def finite(self) -> Tensor:
+        "Whether all weights are, as a tensor, so that nobody waits for it."
+        return whole(nn.utils.get_total_norm([p.detach() for p in self.params])).isfinite()
+
     def averaged(self) -> Denoiser:
         "The averaged network; a copy on the CPU where the weights are divided among processes."
         if self.shard:

@@ -1,6 +1,7 @@
 """The trainer: Algorithm 1 with an average of the weights, checkpoints, and any number of processes."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,13 +31,13 @@ def reseed(device: torch.device, seed: int) -> None:
     (torch.default_generator if device.type == "cpu" else torch.get_device_module(device)).manual_seed(seed)
 
 
-def mean_loss(recent: list[Tensor], enough: bool, world: int, skip: bool) -> tuple[float, bool]:
-    "The mean of the losses of all processes, and whether any of them has had enough. skip: leave out losses that are not finite."
-    values = torch.stack([*recent, torch.full_like(recent[0], float(enough))])
+def mean_loss(recent: list[Tensor], enough: bool, whole: Tensor, world: int, skip: bool) -> tuple[float, bool, bool]:  # fmt: skip
+    "The mean of the losses of all processes, whether any of them has had enough, and whether the weights of all are `whole`. skip: leave out losses that are not finite."
+    values = torch.stack([*recent, torch.full_like(recent[0], float(enough)), (~whole).to(recent[0].dtype)])
     if world > 1:
         dist.all_reduce(values)
-    losses = values[:-1] / world
-    return (losses[losses.isfinite()] if skip else losses).mean().item(), bool(values[-1])
+    losses, (stop, broken) = values[:-2] / world, values[-2:].tolist()
+    return (losses[losses.isfinite()] if skip else losses).mean().item(), stop > 0, broken == 0
 
 
 class Trainer:
@@ -57,7 +58,7 @@ class Trainer:
     shard: divide the weights among the processes, too (FSDP2). Where torch.distributed has been set up, its processes share each batch (DDP); the averaged copy is then
     the same on all of them, with `shard` on the CPU. Randomness belongs to a picture's place in the batch, dropout aside: neither parts nor processes change what is learned.
     Raises ValueError for data with NaN, a wrong number of conditions, a batch that cannot be shared out, and checkpoints that are damaged or of another run; OSError where they
-    cannot be written; FloatingPointError where the loss stops being finite; MemoryError, with a batch that would fit; KeyboardInterrupt after Ctrl-C or SIGTERM, once the checkpoint is written.
+    cannot be written; FloatingPointError where the loss or the weights stop being finite; MemoryError, with a batch that would fit; KeyboardInterrupt after Ctrl-C or SIGTERM, once the checkpoint is written.
     """
 
     def __init__(self, denoiser: Denoiser, x0: Tensor | Dataset, *, steps: int, lr: Callable[[int], float],
@@ -152,9 +153,10 @@ class Trainer:
 
     def _read(self, recent: list[Tensor], bar, enough: bool) -> bool:
         "Note the mean loss since the last look, and return whether any process has had enough: the only place that waits for the GPU."
-        value, enough = mean_loss(recent, enough, self.world, self.state.skip)
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} between steps {self.step - len(recent)} and {self.step}: lower the learning rate, or look at the data"
+        value, enough, whole = mean_loss(recent, enough, self.state.finite(), self.world, self.state.skip)
+        if not (whole and math.isfinite(value)):
+            what = f"the loss is {value}" if whole else f"the loss is {value}, and weights are not finite,"
+            raise FloatingPointError(f"{what} between steps {self.step - len(recent)} and {self.step}: lower the learning rate, or look at the data"
                                      + ("" if self.state.skip else "; skip=True leaves such steps out") + self._saved(". {} holds step {}"))  # fmt: skip
         now, (then, step) = time.perf_counter(), self.since
         self.speed, self.since = self.batch * (self.step - step) / (now - then), (now, self.step)
@@ -170,7 +172,10 @@ class Trainer:
 
     def identity(self) -> dict:
         "What makes this run another than others. More steps are the same run, gone on with."
-        own = dict(seed=self.seed, lr=self.lr(0), ema=self.ema(10**15), clip=self.clip, betas=list(self.betas))
+        lr = re.sub(r"\bsteps=\d+", "steps", name_of(self.lr))
+        own = dict(
+            seed=self.seed, lr=[self.lr(0), lr], ema=self.ema(10**15), clip=self.clip, betas=list(self.betas)
+        )
         return own | self.names | self.batches.identity()
 
     def save(self, wait: bool = True) -> None:
