@@ -65,14 +65,14 @@ def upsampler_scores() -> dict[str, dict[str, float]]:
 
 @torch.no_grad()
 def enlarge_emoji(
-    stage: NetDenoiser, low: Float[Tensor, "n 3 32 32"], s: float = 0.1, calls: int = 10, first: int = 0, keep: bool = True, batch: int = 40
-) -> Float[Tensor, "n 3 64 64"]:  # fmt: skip
-    "Emoji of 64×64 that the stage draws from small ones, which are noised to the time s first; the i-th has seed `first` + i. keep: whether the means of 2 × 2 pixels are those of the small ones."
-    ts, drawn = even_logsnr_grid(stage.schedule, calls), []
+    stage: NetDenoiser, low: Float[Tensor, "n 3 s s"], s: float = 0.1, calls: int = 10, first: int = 0, keep: bool = True, batch: int = 40
+) -> Float[Tensor, "n 3 2*s 2*s"]:  # fmt: skip
+    "Emoji of twice the size that the stage draws from small ones, which are noised to the time s first; the i-th has seed `first` + i. keep: whether the means of 2 × 2 pixels are those of the small ones."
+    ts, drawn, size = even_logsnr_grid(stage.schedule, calls), [], low.shape[-1]
     for part in torch.arange(len(low)).split(batch):
-        given = renoised(stage, low[part], s, Noise(first + part, (3, 32, 32))(2**20))
+        given = renoised(stage, low[part], s, Noise(first + part, (3, size, size))(2**20))
         held = Edited(Clip(stage), super_resolve(low[part])).eval() if keep else Clip(stage)
-        x = upsample(held, given, s, ts, noise=Noise(first + part, (3, 64, 64)))
+        x = upsample(held, given, s, ts, noise=Noise(first + part, (3, 2 * size, 2 * size)))
         drawn.append(x.clamp(-1, 1))
     return torch.cat(drawn)
 

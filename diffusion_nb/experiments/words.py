@@ -170,28 +170,27 @@ def quality(x: Int[Tensor, "n L"], words: WordList) -> dict[str, float]:
 class NGram:
     """Letters given the `order` - 1 letters before, counted in words, each order mixed with the one below: (count + strength · below)/(total + strength).
 
-    x: the words to count, (n, L). strength: how many letters the lower order is worth.
+    x: the words to count, (n, L). strength: how many letters the lower order is worth. letters: how many there are.
     """
 
-    def __init__(self, x: Int[Tensor, "n L"], order: int, strength: float):
-        self.order, self.strength, self.found = order, strength, {}
+    def __init__(self, x: Int[Tensor, "n L"], order: int, strength: float, letters: int = LETTERS):
+        self.order, self.strength, self.letters, self.length, self.found = order, strength, letters, x.shape[1], {}
         self.counts = defaultdict(Counter)
         for row in x.tolist():
-            row = [MASK] * (order - 1) + row
+            row = [letters] * (order - 1) + row
             for i in range(order - 1, len(row)):
                 for m in range(order):
                     self.counts[tuple(row[i - m : i])][row[i]] += 1
 
     def next(self, before: tuple[int, ...]) -> Float[Tensor, " V"]:
         "The probabilities of the next letter."
-        return self.given(((MASK,) * (self.order - 1) + before)[len(before) :])
+        return self.given(((self.letters,) * (self.order - 1) + before)[len(before) :])
 
     def given(self, context: tuple[int, ...]) -> Float[Tensor, " V"]:
         "The counts of what followed these letters, mixed with what is expected after one letter less."
         if context not in self.found:
-            below = (
-                self.given(context[1:]) if context else torch.full((LETTERS,), 1 / LETTERS, dtype=torch.float64)
-            )
+            flat = torch.full((self.letters,), 1 / self.letters, dtype=torch.float64)
+            below = self.given(context[1:]) if context else flat
             seen = torch.zeros_like(below)
             for letter, times in self.counts.get(context, {}).items():
                 seen[letter] = times
@@ -204,7 +203,7 @@ class NGram:
 
     def draw(self, n: int, first: int = 0) -> Int[Tensor, "n L"]:
         "n words, letter by letter; the i-th has seed first + i."
-        u, found = as_uniform(Noise(range(first, first + n), (LENGTH,))(0)), []
+        u, found = as_uniform(Noise(range(first, first + n), (self.length,))(0)), []
         for row in u:
             word = ()
             for v in row:
@@ -213,12 +212,11 @@ class NGram:
         return torch.tensor(found)
 
 
-def best_ngram(words: WordList, orders: Sequence[int] = (1, 2, 3, 4, 5), strengths: Sequence[float] = (2, 4, 8, 16, 32)) -> dict[int, tuple[NGram, float]]:  # fmt: skip
-    "{order: (the n-gram, its bits per held-out word)}, each with the strength that is best for these held-out words."
-    x, held = as_tokens(words.train), as_tokens(words.held_out)
+def best_ngram(x: Int[Tensor, "n L"], held: Int[Tensor, "m L"], letters: int = LETTERS, orders: Sequence[int] = (1, 2, 3, 4, 5), strengths: Sequence[float] = (2, 4, 8, 16, 32)) -> dict[int, tuple[NGram, float]]:  # fmt: skip
+    "{order: (the n-gram of x, its bits per held-out text)}, each with the strength that is best for these held-out texts."
     found = {}
     for n in orders:
-        models = [NGram(x, n, a) for a in strengths]
+        models = [NGram(x, n, a, letters) for a in strengths]
         bits = [m.bits(held).mean().item() for m in models]
         found[n] = models[bits.index(min(bits))], min(bits)
     return found
