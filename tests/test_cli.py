@@ -348,8 +348,25 @@ def test_a_finished_run_keeps_its_record(tmp_path, capsys):
 def test_files_of_others_stop_a_command_before_it_writes(command, name, tmp_path, capsys):
     (tmp_path / name).write_text('{"mine": 1}')
     assert main([*command, "--out", str(tmp_path)]) == 1
-    assert f"holds {name}, not written by this program" in capsys.readouterr().err
+    assert f"holds {name}, which this command did not write" in capsys.readouterr().err
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {name: '{"mine": 1}'}
+
+
+def test_drawings_do_not_replace_the_record_of_a_training(tmp_path, capsys):
+    assert main([*SMALL, "--out", str(tmp_path)]) == 0
+    before = (tmp_path / "run.json").read_bytes()
+    assert main(["sample", "--model", str(tmp_path), "--n", "2", "--steps", "2", "--out", str(tmp_path)]) == 1
+    assert "holds run.json, which this command did not write" in capsys.readouterr().err
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_a_run_does_not_write_over_notebooks(tmp_path, capsys):
+    source = tmp_path / "00_core.ipynb"
+    source.write_text(json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    before = source.read_bytes()
+    assert main(["run", "--book", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "holds 00_core.ipynb, which this command did not write" in capsys.readouterr().err
+    assert source.read_bytes() == before
 
 
 def test_texts_are_written_again_over_texts(tmp_path):

@@ -10,6 +10,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from diffusion_nb.cli.folders import check_own
 from diffusion_nb.experiments.catalogue import artifact_makers
 
 
@@ -44,6 +45,8 @@ def run(args: Run) -> int:
     os.environ["DIFFUSION_NB_PROFILE"] = args.profile or os.environ.get("DIFFUSION_NB_PROFILE", "cpu")
     book, out = chosen([], nbs), Path(args.out or nbs.absolute().parent / "_book")
     record = Record(out, book, state_of(nbs))
+    check_own(out, ("index.html", *(p.name for p in book)), "problems")
+    record.write()
     paths = chosen(args.notebooks, nbs) if args.notebooks else book if args.fresh else record.left()
     if len(paths) < len(book) and not args.notebooks:
         print(f"{len(book) - len(paths)} of {len(book)} notebooks ran already; --fresh runs them again")

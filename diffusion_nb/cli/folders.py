@@ -1,22 +1,21 @@
 """Folders that commands write, and whose files are in them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def recorded(out: Path) -> bool:
-    "Whether a folder holds a record, run.json, or a checkpoint that `train` or `sample` wrote."
+def recorded(out: Path, mark: str) -> bool:
+    "Whether run.json of a folder is the record of a command that notes `mark`."
     try:
-        return (out / "checkpoint.safetensors").exists() or "recipe" in json.loads((out / "run.json").read_bytes())
+        return mark in json.loads((out / "run.json").read_bytes())
     except (FileNotFoundError, ValueError, TypeError):
         return False
 
 
-def check_own(out: Path, names: Sequence[str]) -> None:
-    "Raise FileExistsError where a folder holds files of these names, which are to be written, and nothing says that they are ours."
+def check_own(out: Path, names: Iterable[str], mark: str) -> None:
+    "Raise FileExistsError where a folder holds files of these names, which are to be written, and no record with `mark` says that they were written by the same command."
     there = [name for name in names if (out / name).exists()]
-    if there and not recorded(out):
-        raise FileExistsError(
-            f"--out: {out} holds {', '.join(there)}, not written by this program; name another folder, or move them away"
-        )
+    if there and not recorded(out, mark):
+        few = ", ".join(there[:3]) + (" …" if len(there) > 3 else "")
+        raise FileExistsError(f"--out: {out} holds {few}, which this command did not write; name another folder, or move them away")  # fmt: skip

@@ -64,7 +64,7 @@ def sample(args: Sample) -> int:
     with process_group(cpu=args.device == "cpu") as team:
         device, model = torch.device(args.device) if args.device else team.device, load_model(args.model)
         check_sample(args, model)
-        check_own(out, ("grid.png", "film.gif", "samples.txt", "run.json"))
+        check_own(out, ("grid.png", "film.gif", "samples.txt", "run.json"), "model")
         if model.about.family == "words":
             if team.rank == 0:
                 sample_texts(args, model, device, out)

@@ -137,7 +137,8 @@ def check_start(trainer, about, out: Path) -> None:
     if trainer.step and (start_was := read_about(out / "model.json").start) != about.start:
         raise ValueError(f"{out} holds a run that began from {start_was or 'a fresh network'}; name another --out")
     if trainer.rank == 0:
-        check_own(out, ("model.safetensors", "model.json", "run.json", "report.png"))
+        if not trainer.step:
+            check_own(out, ("model.safetensors", "model.json", "run.json", "report.png"), "family")
         trainer.checkpoints.check_room(trainer.state.nbytes())
         about.save(out)
         if trainer.step:

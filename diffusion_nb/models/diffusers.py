@@ -162,13 +162,14 @@ def betas_of(config: dict) -> Tensor:
 
 
 def load_diffusers(folder: Path | str) -> NetDenoiser:
-    """The denoiser of a diffusers pipeline in a folder: unet/ and scheduler/, as `DDPMPipeline.save_pretrained` writes them; in eval mode, without gradients.
+    """The denoiser of a diffusers pipeline in a folder: unet/ and scheduler/, as `DDPMPipeline.save_pretrained` writes them, or both in one; in eval mode, without gradients.
 
     Raises ValueError where it holds something else, or weights that are not safetensors.
     """
     folder = Path(folder)
-    unet, scheduler = (json.loads((folder / part).read_text(encoding="utf-8")) for part in ("unet/config.json", "scheduler/scheduler_config.json"))  # fmt: skip
-    net = unet_from_diffusers(unet, read_weights(folder / "unet" / WEIGHTS))
+    network, chain = (folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler"))
+    unet, scheduler = (json.loads(file.read_text(encoding="utf-8")) for file in (network / "config.json", chain / "scheduler_config.json"))  # fmt: skip
+    net = unet_from_diffusers(unet, read_weights(network / WEIGHTS))
     schedule, kind = DDPMSchedule(betas_of(scheduler)), scheduler.get("prediction_type", "epsilon")
     if kind not in PREDICTS:
         raise ValueError(f"scheduler_config.json: expected prediction_type {', '.join(PREDICTS)}; got {kind}")

@@ -48,10 +48,16 @@ def data_hash(n: int, x0: Tensor, cond: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def numbers_of(module: nn.Module) -> dict:
+    "The plain values among the attributes of a module, such as its heads of attention."
+    plain = bool, int, float, str, tuple
+    return {k: v for k, v in sorted(vars(module).items()) if isinstance(v, plain) and k[0] != "_" and k != "training"}  # fmt: skip
+
+
 def network_hash(denoiser: Denoiser) -> str:
-    "A hash of the network's layers and shapes, of what it predicts, and of a schedule that does not learn."
+    "A hash of the network's layers, their shapes and numbers, of what it predicts, and of a schedule that does not learn."
     about = [[name, list(p.shape)] for name, p in denoiser.named_parameters()]
-    about += [f"{name} {type(m).__qualname__} {m.extra_repr()}" for name, m in denoiser.named_modules()]
+    about += [f"{name} {type(m).__qualname__} {m.extra_repr()} {numbers_of(m)}" for name, m in denoiser.named_modules()]  # fmt: skip
     about += [
         name_of(v)
         for m in denoiser.modules()
