@@ -27,8 +27,8 @@ SHOWN = 6  # captions whose three pictures are kept
 class ThreeStages:
     "Stage 1 draws 16×16 from captions with guidance weight w in so many calls, stage 2 enlarges from the time s on; stage 3 is the artifact `emoji_upsampler`."
 
-    first: CaptionRecipe = CaptionRecipe(mults=(1, 2), attention=(1,), steps=8000, batch=64, ema=0.998)
-    second: UpsamplerRecipe = UpsamplerRecipe(steps=2500)
+    first: CaptionRecipe = CaptionRecipe(mults=(1, 2), attention=(1,), steps=5000, batch=64, ema=0.998)
+    second: UpsamplerRecipe = UpsamplerRecipe(steps=1500)
     w: float = 1.0
     calls: int = 20
     levels: tuple[float, ...] = (0.0, 0.1, 0.25)

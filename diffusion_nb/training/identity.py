@@ -1,6 +1,8 @@
 """What a training run is made of, in a few words and hashes, so that another one is not taken for it."""
 
 import hashlib
+import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -29,6 +31,11 @@ def name_of(f) -> str:
     told = bool, int, float, str, nn.Module
     inside = [f"{k}={name_of(c.cell_contents)}" for k, c in cells if isinstance(c.cell_contents, told)]
     return f.__qualname__ + (f"({', '.join(inside)})" if inside else "")
+
+
+def course_of(lr: Callable[[int], float]) -> str:
+    "What a learning rate is called, with its numbers but for the `steps`, of which there may be more when a run goes on."
+    return re.sub(r"\bsteps=\d+", "steps", name_of(lr))
 
 
 def frozen_hash(module: nn.Module) -> str:

@@ -1,7 +1,6 @@
 """The trainer: Algorithm 1 with an average of the weights, checkpoints, and any number of processes."""
 
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from diffusion_nb.losses.simple import denoising_loss
 from diffusion_nb.time_samplers import continuous_times
 from diffusion_nb.training.batches import Batches
 from diffusion_nb.training.checkpoints import Checkpoints, check_run
-from diffusion_nb.training.identity import name_of, network_hash
+from diffusion_nb.training.identity import course_of, name_of, network_hash
 from diffusion_nb.training.lr import warmed_up
 from diffusion_nb.training.memory import what_fits, with_memory
 from diffusion_nb.training.sharding import check_same_step
@@ -155,8 +154,7 @@ class Trainer:
         "Note the mean loss since the last look, and return whether any process has had enough: the only place that waits for the GPU."
         value, enough, whole = mean_loss(recent, enough, self.state.finite(), self.world, self.state.skip)
         if not (whole and math.isfinite(value)):
-            what = f"the loss is {value}" if whole else f"the loss is {value}, and weights are not finite,"
-            raise FloatingPointError(f"{what} between steps {self.step - len(recent)} and {self.step}: lower the learning rate, or look at the data"
+            raise FloatingPointError(f"the loss is {value}{'' if whole else ', and weights are not finite,'} between steps {self.step - len(recent)} and {self.step}: lower the learning rate, or look at the data"
                                      + ("" if self.state.skip else "; skip=True leaves such steps out") + self._saved(". {} holds step {}"))  # fmt: skip
         now, (then, step) = time.perf_counter(), self.since
         self.speed, self.since = self.batch * (self.step - step) / (now - then), (now, self.step)
@@ -172,10 +170,8 @@ class Trainer:
 
     def identity(self) -> dict:
         "What makes this run another than others. More steps are the same run, gone on with."
-        lr = re.sub(r"\bsteps=\d+", "steps", name_of(self.lr))
-        own = dict(
-            seed=self.seed, lr=[self.lr(0), lr], ema=self.ema(10**15), clip=self.clip, betas=list(self.betas)
-        )
+        rates = dict(lr=[self.lr(0), course_of(self.lr)], ema=self.ema(10**15))
+        own = dict(seed=self.seed, clip=self.clip, betas=list(self.betas)) | rates
         return own | self.names | self.batches.identity()
 
     def save(self, wait: bool = True) -> None:
