@@ -344,12 +344,31 @@ def test_a_finished_run_keeps_its_record(tmp_path, capsys):
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
-@pytest.mark.parametrize("command, name", [(["sample", "--model", "words", "--n", "2"], "samples.txt"), ([*SMALL], "model.json"), ([*SMALL], "run.json")])  # fmt: skip
+@pytest.mark.parametrize("command, name", [(["sample", "--model", "words", "--n", "2"], "samples.txt"), ([*SMALL], "model.json"), ([*SMALL], "run.json"), ([*SMALL], "log.jsonl")])  # fmt: skip
 def test_files_of_others_stop_a_command_before_it_writes(command, name, tmp_path, capsys):
     (tmp_path / name).write_text('{"mine": 1}')
     assert main([*command, "--out", str(tmp_path)]) == 1
     assert f"holds {name}, which this command did not write" in capsys.readouterr().err
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {name: '{"mine": 1}'}
+
+
+def test_a_training_that_died_before_its_first_checkpoint_begins_again(tmp_path, monkeypatch):
+    def dies(trainer):
+        raise FloatingPointError("the loss is nan")
+
+    with monkeypatch.context() as m:
+        m.setattr("diffusion_nb.training.trainer.Trainer.train_step", dies)
+        assert main([*SMALL, "--out", str(tmp_path)]) == 1
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+    assert main([*SMALL, "--out", str(tmp_path)]) == 0
+
+
+def test_bits_are_written_beside_a_model_and_in_runs_for_one_of_the_book(tmp_path):
+    from diffusion_nb.cli.sample import beside
+
+    (tmp_path / "model.safetensors").touch()
+    assert beside(tmp_path) == beside(tmp_path / "model.safetensors") == tmp_path / "bits.json"
+    assert str(beside(Path("mnist"))) == "runs/bits-mnist.json"
 
 
 def test_drawings_do_not_replace_the_record_of_a_training(tmp_path, capsys):

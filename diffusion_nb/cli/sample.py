@@ -261,9 +261,15 @@ class BitsOptions:
     bf16: bool = False
     "bfloat16 autocast, for GPUs."
     out: str | None = None
-    "File to write, if not bits.json beside the model."
+    "File to write, if not bits.json beside the model, or runs/bits-MODEL.json for one that comes with the book."
     device: str | None = None
     "cpu or cuda; if not given, the GPU if there is one."
+
+
+def beside(model: Path) -> Path:
+    "Where the bits of a model are written: in its folder, or in runs/ where it comes with the book."
+    folder = model if model.is_dir() else model.parent
+    return folder / "bits.json" if model.exists() else Path("runs") / f"bits-{model.name}.json"
 
 
 def bits(args: BitsOptions) -> int:
@@ -327,7 +333,7 @@ def bits(args: BitsOptions) -> int:
         bits_per_dim=result.total.mean().item(), two_standard_errors=2 * result.total.std().item() / len(result.total) ** 0.5,
         **{name: part.item() for name, part in parts.items()}, pictures=len(result.total), held_out_of=data.name,
         levels=data.levels, seconds=round(time.perf_counter() - start, 1), device=device_name(device), torch=torch.__version__, recipe=asdict(r))  # fmt: skip
-    out = Path(args.out or (Path(args.model) / "bits.json" if args.model != "digits" else "runs/bits.json"))
+    out = Path(args.out or beside(Path(args.model)))
     write_json(out, about)
     print(f"{result}\nwrote {out}")
     return 0

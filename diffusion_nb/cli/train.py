@@ -133,14 +133,17 @@ def prepared(args: Train, team, out: Path):
 def check_start(trainer, about, out: Path) -> None:
     "Say that a run goes on. Raises ValueError where it began from other weights, and OSError where there is no room, or other files are in the way."
     from diffusion_nb.models.model import read_about
+    from diffusion_nb.util.storage import write_json
 
     if trainer.step and (start_was := read_about(out / "model.json").start) != about.start:
         raise ValueError(f"{out} holds a run that began from {start_was or 'a fresh network'}; name another --out")
     if trainer.rank == 0:
         if not trainer.step:
-            check_own(out, ("model.safetensors", "model.json", "run.json", "report.png"), "family")
+            check_own(out, ("model.safetensors", "model.json", "run.json", "report.png", "log.jsonl"), "family")
         trainer.checkpoints.check_room(trainer.state.nbytes())
         about.save(out)
+        if not trainer.step:
+            write_json(out / "run.json", dict(family=about.family))  # the folder is ours from now on
         if trainer.step:
             print(f"going on from step {trainer.step} of {out / 'checkpoint.safetensors'}")
 
