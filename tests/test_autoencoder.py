@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from diffusion_nb.models.autoencoder_kl import autoencoder_of, load_autoencoder
+from diffusion_nb.models.diffusers import WEIGHTS
 from diffusion_nb.nets.autoencoder import Code, KLAutoencoder
 from diffusion_nb.nets.unet import parameters
 
@@ -34,6 +36,23 @@ def test_it_computes_what_diffusers_does(theirs, tmp_path):
     torch.testing.assert_close(code.log_var, want.logvar, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.decode(want.mean), theirs.decode(want.mean).sample, rtol=0, atol=1e-5)
     torch.testing.assert_close(code.kl(), want.kl(), rtol=1e-4, atol=1e-3)
+
+
+def test_files_from_before_2023_give_the_same_network(theirs, tmp_path):
+    "There the layers of attention have other names, and their weights are 1×1 convolutions."
+    theirs.save_pretrained(tmp_path)
+    now, _ = load_autoencoder(tmp_path)
+    file = tmp_path / WEIGHTS
+    old = {}
+    for name, v in load_file(file).items():
+        for new, was in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+            if f".attentions.0.{new}." in name:
+                name, v = name.replace(new, was), v[..., None, None] if v.ndim == 2 else v
+        old[name] = v.contiguous()
+    assert sum("proj_attn" in name for name in old) == 4
+    save_file(old, file)
+    before, _ = load_autoencoder(tmp_path)
+    assert all(a.equal(b) for a, b in zip(now.parameters(), before.parameters(), strict=True))
 
 
 def test_the_published_one_has_its_number_of_parameters():

@@ -415,6 +415,11 @@ def test_a_pipeline_of_theirs_draws_the_same_pictures_from_what_is_written(predi
             x = scheduler.step(pipe.unet(x, k).sample, k, x, use_clipped_model_output=True).prev_sample
     ts = torch.cat([(scheduler.timesteps + 1) / 1000, torch.zeros(1)]).double()
     again = load_diffusers(tmp_path / "pipe")
+    config, tensors = unet_to_diffusers(again.net)
+    was = {k.replace("to_q", "query").replace("to_out.0", "proj_attn"): v for k, v in tensors.items()}
+    assert was.keys() != tensors.keys()  # as files from before May 2023 call them
+    for a, b in zip(again.net.parameters(), unet_from_diffusers(config, was).parameters(), strict=True):
+        assert a.equal(b)
     for part in ("unet", "scheduler"):  # side by side, as some are distributed
         for file in (tmp_path / "pipe" / part).iterdir():
             file.rename(tmp_path / "pipe" / file.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffusion_nb.models.diffusers import WEIGHTS
+from diffusion_nb.models.diffusers import WEIGHTS, by_new_names
 from diffusion_nb.models.model import fill
 from diffusion_nb.nets.autoencoder import KLAutoencoder, PlainBlock
 from diffusion_nb.nets.unet import Down, Up
@@ -88,7 +88,7 @@ def load_autoencoder(folder: Path | str) -> tuple[KLAutoencoder, float]:
     except (OSError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{folder} holds no config.json of an AutoencoderKL: {e!r}") from e
     try:
-        found = from_diffusers(net, read_weights(folder / WEIGHTS))
+        found = from_diffusers(net, by_new_names(read_weights(folder / WEIGHTS)))
     except KeyError as e:
         raise ValueError(f"{folder / WEIGHTS}: the weights lack {e}") from e
     fill(net, found, str(folder / WEIGHTS))

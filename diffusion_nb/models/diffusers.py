@@ -120,9 +120,23 @@ def table_of(net: UNet, config: dict) -> dict[str, list[str]]:
     return names(len(config["block_out_channels"]), config["layers_per_block"], attention, set(own_tensors(net)))
 
 
+BEFORE_2023 = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def by_new_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The tensors with the layers of attention called as diffusers has called them since May 2023; 1×1 convolutions there as matrices."
+    found = {}
+    for name, v in tensors.items():
+        *path, layer, kind = name.split(".")
+        if layer in BEFORE_2023 and "attentions" in path:
+            name, v = ".".join([*path, BEFORE_2023[layer], kind]), v.flatten(1) if v.ndim > 1 else v
+        found[name] = v
+    return found
+
+
 def unet_from_diffusers(config: dict, tensors: dict[str, Tensor]) -> UNet:
     "Our U-Net that computes what a `UNet2DModel` does, of its config and weights. Raises ValueError where it cannot."
-    net = unet_of(config)
+    net, tensors = unet_of(config), by_new_names(tensors)
     table, known = table_of(net, config), set(tensors)
     if missing := sorted({b for group in table.values() for b in group} ^ known):
         raise ValueError(f"these weights do not fit their config.json: {', '.join(missing[:5])}")
