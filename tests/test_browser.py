@@ -68,7 +68,7 @@ def test_text_stands_out_from_what_is_behind_it(page, scheme):
 
 def test_search_finds_the_sampler(page):
     page.open(f"{page.address}/search.html?q=ddpm")
-    assert page.until("document.querySelectorAll('ul.search li').length") >= 5
+    assert page.until("document.querySelectorAll('ul.search li').length >= 5")
     assert "samplers.linear" in page.run("document.querySelector('ul.search').textContent")
 
 
