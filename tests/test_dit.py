@@ -1,6 +1,7 @@
 """Diffusion transformers: numbers of parameters and operations, the published program and diffusers with the same weights, what is refused."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ from diffusion_nb.nets.dit import (
 from diffusion_nb.nets.unet import parameters
 from diffusion_nb.recipes.dit import DiTRecipe, dit_denoiser, dit_recipe
 from diffusion_nb.schedules import CosineSchedule, DDPMSchedule, linear_betas
+from diffusion_nb.training.identity import network_hash
 from diffusion_nb.util.profiling import flops
 
 BLOCKS = (AdaLNZero, InContext, CrossAttend)
@@ -302,3 +304,11 @@ def test_recipe_and_command_line(tmp_path, monkeypatch, capsys):
     model = Model.load(tmp_path / "run")
     assert model.about.family == "dit" and isinstance(model.denoiser.net, DiT) and isinstance(model.about, About)
     assert main(["sample", "--model", str(tmp_path / "run"), "--n", "3", "--steps", "2", "--out", str(tmp_path / "drawn"), "--label", "3", "--device", "cpu"]) == 0  # fmt: skip
+
+
+def test_a_transformer_with_other_heads_is_another_run():
+    "Its weights have the same names and shapes."
+    r = dit_recipe("digits")
+    one, same, other = (dit_denoiser(replace(r, heads=h), (1, 8, 8)) for h in (r.heads, r.heads, 1))
+    assert [p.shape for p in one.parameters()] == [p.shape for p in other.parameters()] and r.heads > 1
+    assert network_hash(one) == network_hash(same) != network_hash(other)
