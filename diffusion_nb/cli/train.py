@@ -140,10 +140,9 @@ def check_start(trainer, about, out: Path) -> None:
     if trainer.rank == 0:
         if not trainer.step:
             check_own(out, ("model.safetensors", "model.json", "run.json", "report.png", "log.jsonl"), "family")
+            write_json(out / "run.json", dict(family=about.family))  # the folder is ours from now on
         trainer.checkpoints.check_room(trainer.state.nbytes())
         about.save(out)
-        if not trainer.step:
-            write_json(out / "run.json", dict(family=about.family))  # the folder is ours from now on
         if trainer.step:
             print(f"going on from step {trainer.step} of {out / 'checkpoint.safetensors'}")
 
