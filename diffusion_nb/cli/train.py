@@ -138,10 +138,10 @@ def check_start(trainer, about, out: Path) -> None:
     if trainer.step and (start_was := read_about(out / "model.json").start) != about.start:
         raise ValueError(f"{out} holds a run that began from {start_was or 'a fresh network'}; name another --out")
     if trainer.rank == 0:
+        trainer.checkpoints.check_room(trainer.state.nbytes())
         if not trainer.step:
             check_own(out, ("model.safetensors", "model.json", "run.json", "report.png", "log.jsonl"), "family")
             write_json(out / "run.json", dict(family=about.family))  # the folder is ours from now on
-        trainer.checkpoints.check_room(trainer.state.nbytes())
         about.save(out)
         if trainer.step:
             print(f"going on from step {trainer.step} of {out / 'checkpoint.safetensors'}")
