@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections import deque
+from collections import Counter, deque
 from queue import Empty
 
 import hypothesis
@@ -182,3 +182,14 @@ def pytest_collection_modifyitems(items):
             item.cell.execution_count = item.cell.execution_count or 0
             if EVAL_FALSE.search(item.cell.source):
                 item.add_marker(pytest.mark.skip(reason="#| eval: false"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    "What took longest, file by file: its tests, cells, kernel and fixtures together."
+    seconds = Counter()
+    for report in (r for reports in terminalreporter.stats.values() for r in reports if hasattr(r, "duration")):
+        seconds[report.nodeid.split("::")[0]] += report.duration
+    if sum(seconds.values()) > 60:
+        terminalreporter.section(f"seconds of {len(seconds)} files, {sum(seconds.values()):.0f} in all")
+        for name, s in seconds.most_common(25):
+            terminalreporter.write_line(f"{s:7.0f}  {name}")
