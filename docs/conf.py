@@ -28,7 +28,10 @@ html_favicon = "_static/icon.svg"
 html_css_files = ["book.css"]
 html_js_files = [("book.js", {"defer": "defer"})]
 html_show_sourcelink = html_copy_source = False
-pygments_style, pygments_dark_style = "a11y-high-contrast-light", "monokai"  # legible, as tests/test_browser.py asks
+pygments_style, pygments_dark_style = (
+    "a11y-high-contrast-light",
+    "monokai",
+)  # legible, as tests/test_browser.py asks
 
 # MathJax and its fonts lie beside the pages: nothing is fetched.
 mathjax_path = "mathjax/tex-chtml.js"

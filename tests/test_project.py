@@ -51,6 +51,37 @@ def test_a_release_is_stopped_where_the_tag_is_not_the_version(tmp_path):
         assert (run.returncode == 0) == good, tag
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_the_checkout_has_the_style_it_asks_for():
+    for words in (["check", "."], ["format", "--check", "."]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_notebooks_and_checkout_stay_small():
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")  # fmt: skip
+    size = {name: (ROOT / name).stat().st_size for name in names if (ROOT / name).is_file()}
+    assert sum(size.values()) < 56 * 2**20
+    assert not [name for name, n in size.items() if name.startswith("nbs/") and n >= 2 * 2**20]
+
+
+def test_no_notebook_keeps_progress_bars():
+    kept = [p.name for p in sorted((ROOT / "nbs").glob("*.ipynb")) if "widget-" in p.read_text(encoding="utf-8")]
+    assert not kept
+
+
+def test_a_notebook_is_stored_as_the_book_keeps_it(tmp_path):
+    from nbformat import v4
+
+    from tools.store import run
+
+    code = "from tqdm.auto import tqdm\nfor i in tqdm(range(3)): pass\nprint(6 * 7)"
+    done = run(v4.new_notebook(cells=[v4.new_code_cell(code)]), tmp_path)
+    assert [out.text for out in done.cells[0].outputs if out.get("name") == "stdout"] == ["42\n"]
+    assert all("widget" not in kind for out in done.cells[0].outputs for kind in out.get("data", {})) and "widgets" not in done.metadata  # fmt: skip
+
+
 def test_forms_and_container_can_be_read():
     for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         assert {"name", "description", "body"} <= yaml.safe_load(form.read_text()).keys()
