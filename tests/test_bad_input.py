@@ -653,6 +653,15 @@ def test_digits_need_no_network(web):
 # training
 
 
+def test_a_number_where_a_tensor_or_a_function_belongs():
+    with refused("y: expected a tensor of integer labels, one for each picture; got 3; for n pictures of one class, torch.full((n,), label)"):  # fmt: skip
+        LABELLED(x, times, 3)
+    with refused("ts: expected the times at which to stop, such as time_grid(100) for 100 steps; got 50"):
+        ddim(NetDenoiser(Same(), CHAIN), x, 50)
+    with refused("lr: expected a function of the step, such as warmup_cosine(0.001, 100, 5) or lambda step: 0.001; got 0.001"):  # fmt: skip
+        Trainer(NetDenoiser(Same(), CHAIN), x, steps=5, lr=1e-3)
+
+
 def test_data_that_cannot_be_trained_on():
     def trainer(x0, **kw):
         return Trainer(NetDenoiser(Same(), CHAIN), x0, steps=1, lr=lambda k: 0.1, **kw)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_run_some(book, capsys):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["train", "--data", "letters"], "no data set 'letters'; there are digits, mnist, fashion-mnist, cifar10"),
+    (["train", "--data", "letters"], "there is no folder or file letters, and it is no data set; those are emoji, words, digits, mnist, fashion-mnist, cifar10"),
     (["sample", "--model", "nowhere"], "nowhere holds no model.json"),
     (["sample", "--label", "10"], "this model knows the labels 0 to 9"),
     (["sample", "--sampler", "magic"], "--sampler: expected one of ddpm, ddim, heun"),
@@ -448,6 +449,24 @@ def test_a_folder_of_pictures_is_read_by_class(folder):
     (folder / "lost.png").write_bytes((folder / "green/0.png").read_bytes())
     with pytest.raises(ValueError, match="one or the other, a subfolder for each class"):
         PictureFolder(folder, 8)
+
+
+def test_pictures_are_taken_as_they_are_seen(tmp_path):
+    "Transparent ones on white, 16 bits as 8, and upright where the camera was held on its side."
+    clear, sides = Image.new("RGBA", (4, 4), (200, 0, 0, 0)), Image.new("RGB", (4, 4), (255, 0, 0))
+    clear.putpixel((0, 0), (200, 0, 0, 255))
+    clear.save(tmp_path / "a.png")
+    Image.fromarray(np.full((4, 4), 30_000, dtype=np.uint16)).save(tmp_path / "b.png")
+    sides.paste((0, 0, 255), (0, 0, 2, 4))  # blue on the left, red on the right
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90° clockwise: blue is above
+    sides.save(tmp_path / "c.png", exif=turned)
+    clear.convert("P").save(tmp_path / "d.png", transparency=0)
+    a, b, c, d = (x for x, _ in (PictureFolder(tmp_path, 4)[i] for i in range(4)))
+    assert a[:, 0, 0].tolist() == [200, 0, 0] and a[:, 3, 3].tolist() == [255, 255, 255]
+    assert b.unique().tolist() == [round(30_000 / 257)]
+    assert c[:, 0, 1].tolist() == [0, 0, 255] and c[:, 3, 1].tolist() == [255, 0, 0]
+    assert d[:, 3, 3].tolist() == [255, 255, 255]
 
 
 TOY = ["--batch", "4", "--width", "8", "--device", "cpu"]

@@ -407,6 +407,7 @@ def test_a_pipeline_of_theirs_draws_the_same_pictures_from_what_is_written(predi
     ours = NetDenoiser(net, DDPMSchedule(linear_betas(1000)), c_noise=step_index(1000), **kind)
     save_diffusers(ours, tmp_path / "pipe")
     pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / "pipe")
+    assert pipe(num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
     scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(10)
     x = X

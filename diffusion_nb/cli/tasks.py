@@ -69,6 +69,8 @@ def asked_pictures(args) -> Asked:
         return asked_emoji(args.size or 32)
     if args.data == "words" or path.suffix == ".txt":
         return asked_texts(args.data)
+    if not named and hub is None and not path.exists():
+        raise ValueError(f"--data: there is no folder or file {args.data}, and it is no data set; those are emoji, words, {', '.join(d.name for d in DATA_SETS)}")  # fmt: skip
     resized = path.is_dir() or hub is not None
     if bool(args.size) != resized:
         raise ValueError("--size: say to how many pixels the pictures of a folder, or of hf:NAME, are resized, such as --size 32" if resized else
@@ -76,9 +78,11 @@ def asked_pictures(args) -> Asked:
     if resized:
         found = PictureTable(read_hub(hub), args.size) if hub is not None else PictureFolder(path, args.size)
         classes = len(found.classes) if len(found.classes) > 1 else 0
+        if classes:
+            print("classes, for --label: " + ", ".join(f"{i} {name}" for i, name in enumerate(found.classes)))
         return Asked(found, None, None, classes, (3, args.size, args.size), 256)
-    if named or not path.exists():
-        data = data_set(args.data)  # which names them where this is none
+    if named:
+        data = data_set(args.data)
         pictures = data.load()
         return Asked(pictures.x, pictures.y, None, None, data.shape, data.levels)
     x, y = read_npz(path)

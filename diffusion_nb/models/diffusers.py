@@ -178,7 +178,7 @@ def betas_of(config: dict) -> Tensor:
 def load_diffusers(folder: Path | str) -> NetDenoiser:
     """The denoiser of a diffusers pipeline in a folder: unet/ and scheduler/, as `DDPMPipeline.save_pretrained` writes them, or both in one; in eval mode, without gradients.
 
-    Raises ValueError where it holds something else, or weights that are not safetensors.
+    Raises FileNotFoundError where there is none, ValueError where it holds something else, or weights that are not safetensors.
     """
     folder = Path(folder)
     network, chain = (folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler"))
@@ -190,10 +190,10 @@ def load_diffusers(folder: Path | str) -> NetDenoiser:
     return NetDenoiser(net, schedule, PREDICTS[kind], c_noise=step_index(schedule.T)).eval().requires_grad_(False)
 
 
-def save_diffusers(denoiser: NetDenoiser, folder: Path | str) -> None:
+def save_diffusers(denoiser: NetDenoiser, folder: Path | str, size: int = 32) -> None:
     """Write a denoiser as a pipeline that `DDPMPipeline.from_pretrained(folder)` reads and draws with.
 
-    Its network must have been told the steps counted from 0 (`step_index(T)`), on a `DDPMSchedule`. Raises ValueError where diffusers has no such model.
+    size: of the pictures that the pipeline draws, in pixels. Its network must have been told the steps counted from 0 (`step_index(T)`), on a `DDPMSchedule`. Raises ValueError where diffusers has no such model.
     """
     schedule, kind = denoiser.schedule, {f: k for k, f in PREDICTS.items()}.get(denoiser.predict)
     if not isinstance(schedule, DDPMSchedule) or kind is None or denoiser.c_in is not None:
@@ -204,7 +204,7 @@ def save_diffusers(denoiser: NetDenoiser, folder: Path | str) -> None:
     if not told.allclose(torch.arange(2.0, dtype=torch.float64), atol=1e-6):
         raise ValueError(f"expected a network that is told its steps from 0, c_noise=step_index({schedule.T}); this one is told {told.tolist()} first")  # fmt: skip
     config, tensors = unet_to_diffusers(denoiser.net)
-    folder = Path(folder)
+    config, folder = config | dict(sample_size=size), Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty, and nothing in it is overwritten; name a new folder")
     save_tensors(folder / "unet" / WEIGHTS, tensors, {"format": "pt"})

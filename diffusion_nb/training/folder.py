@@ -14,7 +14,7 @@ ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 class PictureFolder(Dataset):
     """The pictures of a folder, read one by one: item i is (picture (3, size, size), bytes; label).
 
-    A picture is cropped to its middle square and resized. Where the folder has subfolders with pictures, these are the classes, `classes` in the order of their names; else there is
+    A picture is turned upright as its camera noted, laid on white where it is transparent, cropped to its middle square and resized; 16 bits become 8. Where the folder has subfolders with pictures, these are the classes, `classes` in the order of their names; else there is
     one class. grey: one channel instead of three. Raises ValueError where the folder holds no pictures, and in both itself and subfolders.
     """
 
@@ -40,9 +40,22 @@ class PictureFolder(Dataset):
 
         try:
             with Image.open(self.files[i]) as picture:
-                return middle_square(picture.convert(self.mode), self.size), self.labels[i]
+                return middle_square(as_seen(picture, self.mode), self.size), self.labels[i]
         except OSError as e:
             raise ValueError(f"{self.files[i]} is no picture that can be read: {e}") from e
+
+
+def as_seen(picture, mode: str):
+    "A Pillow picture as it is seen: upright, on white where it is transparent, with 8 bits a channel; in this mode."
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert(mode)
 
 
 def middle_square(picture, size: int) -> UInt8[Tensor, "c {size} {size}"]:
@@ -72,7 +85,7 @@ class PictureTable(Dataset):
 
     def __getitem__(self, i: int) -> tuple[UInt8[Tensor, "3 s s"], int]:
         row = self.table[i]
-        return middle_square(row[self.picture].convert("RGB"), self.size), row[self.label] if self.label else 0
+        return middle_square(as_seen(row[self.picture], "RGB"), self.size), row[self.label] if self.label else 0
 
 
 def read_hub(name: str, split: str = "train"):

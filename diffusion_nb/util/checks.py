@@ -71,8 +71,9 @@ def check_order(s: Tensor, t: Tensor) -> None:
 
 def check_labels(y: Tensor, classes: int, any: bool = True) -> None:
     "Raise ValueError unless y holds integers below `classes`, or where there is `any`, `classes` itself, which means that. (The values are not looked at on a GPU.)"
-    if y.is_floating_point():
-        raise ValueError(f"y: expected integer labels; got {y.dtype}")
+    if not isinstance(y, Tensor) or y.is_floating_point():
+        got = y.dtype if isinstance(y, Tensor) else f"{y!r}; for n pictures of one class, torch.full((n,), label)"
+        raise ValueError(f"y: expected a tensor of integer labels, one for each picture; got {got}")
     check_range(y, classes, any)
 
 
@@ -184,6 +185,10 @@ def check_eval(denoiser: nn.Module | None) -> None:
 def check_sampling(x: Tensor, ts: Tensor, noise: Callable | None, denoiser: nn.Module | None = None) -> None:
     "Raise ValueError unless x is finite, ts falls strictly within [0, 1], the noise is shaped like x, and the denoiser is in eval mode."
     check_device(x.device), check_finite(x, "x"), check_eval(denoiser)
+    if not isinstance(ts, Tensor):
+        raise ValueError(
+            f"ts: expected the times at which to stop, such as time_grid(100) for 100 steps; got {ts!r}"
+        )
     check_time(ts)
     if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() < 0).all():
         raise ValueError(f"ts: expected times that fall from noise to data, such as time_grid(100); got {ts}")
