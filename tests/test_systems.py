@@ -1,6 +1,7 @@
 """The command line on systems of several parts: latents and their codec, captions, controls of models of captions."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -336,6 +337,23 @@ def test_each_text_has_its_seed():
     net = r.fresh().eval()
     whole = written(net, r, ["____", "a__b", "____", "a__b"], 10, None)
     assert [written(net, r, [w], 10 + i, None)[0] for i, w in enumerate(["____", "a__b", "____", "a__b"])] == whole
+
+
+def test_a_low_temperature_takes_the_likeliest_letters():
+    r = WordsRecipe(letters="ab", length=3, width=8, heads=2, depth=1)
+    net = lambda x, t: torch.tensor([0.0, 1.0]).expand(*x.shape, 2)
+    net.training = False
+    share = lambda temperature: fill_holes(r, net, torch.full((1500, 3), 2), torch.arange(1500), None, temperature).double().mean()  # fmt: skip
+    assert share(0.01) == 1
+    for temperature in (0.5, 1.0):
+        p = 1 / (1 + math.exp(-1 / temperature))
+        assert abs(share(temperature) - p) < 4 * math.sqrt(p * (1 - p) / 4500)
+
+
+@pytest.mark.parametrize("model, temperature, said", [("digits", "0.5", "for networks that write"), ("words", "0", "expected a number above 0")])  # fmt: skip
+def test_a_temperature_that_is_none(tmp_path, model, temperature, said, capsys):
+    assert main(["sample", "--model", model, "--temperature", temperature, "--n", "1", "--out", str(tmp_path), *CPU]) == 1  # fmt: skip
+    assert said in capsys.readouterr().err
 
 
 def test_in_two_stages_by_hand():

@@ -26,6 +26,8 @@ class Sample:
     "Draw this class only, not all in turn: its number or, for cifar10 and fashion-mnist, its name, such as ship."
     prompt: str | None = None
     "For emoji: draw this caption, such as 'red apple'; for words: fill these holes, such as s___e; of several, with semicolons between them, each in turn. emoji-text reads free text, with the text encoder of the extra [text]."
+    temperature: float = 1.0
+    "For words: below 1, letters that are likely are taken more often than the network says."
     hint: str | None = None
     "For emoji-outlines, and models of train --control: a picture, or a folder of pictures, whose dark lines (in colour) or bright strokes (grey) are to be followed."
     large: str | None = None
@@ -134,6 +136,10 @@ def check_sample(args: Sample, model) -> None:
         )
     if weight_of(args, model) and null_of(model) is None:
         raise ValueError("--guidance: this model knows no labels to be guided to")
+    if args.temperature != 1 and model.about.family != "words":
+        raise ValueError("--temperature: for networks that write, such as words")
+    if not 0 < args.temperature < float("inf"):
+        raise ValueError(f"--temperature: expected a number above 0; got {args.temperature}")
     if args.n < 1 or args.batch < 0 or (args.steps is not None and args.steps < 1):
         raise ValueError(
             "--n and --steps: expected numbers of at least 1; --batch: of at least 1, or 0 for what fits"

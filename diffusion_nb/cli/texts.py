@@ -12,6 +12,7 @@ READ = (
     "steps",
     "seed",
     "prompt",
+    "temperature",
     "out",
     "device",
     "batch",
@@ -32,7 +33,7 @@ def sample_texts(args, model, device, out: Path) -> None:
         if args.prompt is None
         else asked_in_turn(args.prompt, args.n, "a text with holes, such as s___e")
     )
-    found = written(model.denoiser.to(device), r, wanted, args.seed, args.steps)
+    found = written(model.denoiser.to(device), r, wanted, args.seed, args.steps, args.temperature)
     here = dict(seconds=round(time.perf_counter() - start, 1), device=device_name(device))
     write_json(out / "run.json", asdict(args) | here | dict(recipe=asdict(r)))
     write_atomically(out / "samples.txt", lambda p: p.write_text("\n".join([*found, ""]), encoding="utf-8"))
@@ -40,7 +41,7 @@ def sample_texts(args, model, device, out: Path) -> None:
     print(f"{args.n} texts: {out / 'samples.txt'}, and run.json")
 
 
-def written(net, r, wanted: list[str], first: int, steps: int | None) -> list[str]:
+def written(net, r, wanted: list[str], first: int, steps: int | None, temperature: float = 1.0) -> list[str]:
     "Texts with their holes filled; the i-th has seed first + i, whatever the others are."
     import torch
 
@@ -54,5 +55,5 @@ def written(net, r, wanted: list[str], first: int, steps: int | None) -> list[st
     for m in holes.unique():
         which = (holes == m).nonzero()[:, 0]
         for part in which.split(500):
-            x[part] = fill_holes(r, net, x[part].to(device), first + part, steps).cpu()
+            x[part] = fill_holes(r, net, x[part].to(device), first + part, steps, temperature).cpu()
     return r.texts(torch.as_tensor(x))

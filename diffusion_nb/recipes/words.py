@@ -40,6 +40,7 @@ class WordsRecipe(Training):
     depth: int = 3
     heads: int = 4
     dropout: float = 0.1
+    rotary: bool = False
     steps: int = 5000
     batch: int = 128
     lr: float = 0.004
@@ -56,7 +57,15 @@ class WordsRecipe(Training):
         "The network, not trained, from the recipe's seed."
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return TextNet(len(self.letters), self.length, self.width, self.depth, self.heads, self.dropout)
+            return TextNet(
+                len(self.letters),
+                self.length,
+                self.width,
+                self.depth,
+                self.heads,
+                self.dropout,
+                rotary=self.rotary,
+            )
 
     def tokens(self, texts: Sequence[str]) -> Int[Tensor, "n L"]:
         "Texts as numbers of letters, shorter ones filled up with spaces where the space is a letter; _ is the mask. Raises ValueError for what does not fit."
@@ -79,8 +88,8 @@ def words_trainer(r: WordsRecipe, x: Int[Tensor, "n L"], *, denoiser: TextNet | 
 
 
 @torch.no_grad()
-def fill_holes(r: WordsRecipe, net: TextNet, x: Int[Tensor, "n L"], seeds: Int[Tensor, " n"], steps: int | None = None) -> Int[Tensor, "n L"]:  # fmt: skip
-    """Texts with their masks, as many in each, replaced: one by one, in an order that is drawn; in fewer steps, several at a time, which then do not see each other. The i-th has seed seeds[i].
+def fill_holes(r: WordsRecipe, net: TextNet, x: Int[Tensor, "n L"], seeds: Int[Tensor, " n"], steps: int | None = None, temperature: float = 1.0) -> Int[Tensor, "n L"]:  # fmt: skip
+    """Texts with their masks, as many in each, replaced: one by one, in an order that is drawn; in fewer steps, several at a time, which then do not see each other. The i-th has seed seeds[i]. temperature: logits are divided by it.
 
     Raises ValueError where texts differ in their number of masks.
     """
@@ -89,7 +98,7 @@ def fill_holes(r: WordsRecipe, net: TextNet, x: Int[Tensor, "n L"], seeds: Int[T
     if len(holes) != 1:
         raise ValueError(f"x: expected as many masks in each text; got {', '.join(map(str, holes))}")
     m, noise = holes[0], Noise(seeds, (r.length,), x.device)
-    guess = TokenGuess(net, mask)
+    guess = TokenGuess(net, mask, temperature)
     if steps is None or steps >= m:
         return ancestral(MaskTokens(mask), guess, x, torch.arange(m, -1, -1) / r.length, one_change, noise=noise) if m else x  # fmt: skip
     grid = torch.linspace(m, 0, steps + 1, dtype=torch.float64).round()

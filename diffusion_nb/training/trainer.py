@@ -21,7 +21,7 @@ from diffusion_nb.training.lr import warmed_up
 from diffusion_nb.training.memory import what_fits, with_memory
 from diffusion_nb.training.sharding import check_same_step
 from diffusion_nb.training.state import State
-from diffusion_nb.util.checks import check_device, check_numbers, default_device
+from diffusion_nb.util.checks import check_device, check_numbers, check_rate, default_device
 from diffusion_nb.util.interrupts import deferred_interrupt
 
 
@@ -68,8 +68,7 @@ class Trainer:
                  keep_checkpoints: int = 2, accumulate: int = 1, log_every: int = 50, skip: bool = False, workers: int = 0,
                  hooks: Sequence[Callable] = (), shard: bool = False):  # fmt: skip
         check_numbers(steps=(steps, 0), batch=(batch, 1), save_every=(save_every, 1), accumulate=(accumulate, 1), log_every=(log_every, 1), workers=(workers, 0))  # fmt: skip
-        if not callable(lr):
-            raise ValueError(f"lr: expected a function of the step, such as warmup_cosine({lr}, 100, {steps}) or lambda step: {lr}; got {lr!r}")  # fmt: skip
+        check_rate(lr, steps)
         ema = ema if callable(ema) else warmed_up(ema)
         if not (0 <= ema(steps) <= 1 and 0 <= cond_dropout <= 1 and clip > 0 and 0 <= lr(0) < math.inf):
             raise ValueError(f"expected ema and cond_dropout in [0, 1], clip above 0 and a learning rate of 0 or more; got {ema(steps)}, {cond_dropout}, {clip}, {lr(0)}")  # fmt: skip

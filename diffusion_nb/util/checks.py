@@ -92,6 +92,12 @@ def check_numbers(**named: tuple[int, int]) -> None:
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value}")
 
 
+def check_rate(lr: Callable[[int], float], steps: int) -> None:
+    "Raise ValueError unless the learning rate is a function of the step."
+    if not callable(lr):
+        raise ValueError(f"lr: expected a function of the step, such as warmup_cosine({lr}, 100, {steps}) or lambda step: {lr}; got {lr!r}")  # fmt: skip
+
+
 def check_pictures(x0: Tensor) -> None:
     "Raise ValueError for NaN and infinities; warn of pictures whose range is not [-1, 1]."
     if not isinstance(x0, Tensor):

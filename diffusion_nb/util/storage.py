@@ -30,7 +30,7 @@ def project_root() -> Path:
 
 
 def shipped(name: str) -> Path:
-    "A file or folder that comes with the library, to be read only: settings.ini, artifacts, or words.txt."
+    "A file or folder that comes with the library, to be read only: settings.ini, artifacts, words.txt, words7.txt or lines.txt."
     if root := checkout():
         return root / (name if name == "settings.ini" else f"data/{name}")
     return PACKAGE / "shipped" / name
