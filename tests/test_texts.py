@@ -92,6 +92,9 @@ def test_attention_that_is_told_distances():
     assert torch.allclose(score[:5, :5], score[4:, 4:], atol=1e-6)
     assert (score[0, 3] - score[0, 4]).abs() > 0.01
     x = torch.randn(2, 6, 32, dtype=torch.float64)
+    q, k, v = (a.view(2, 6, 4, 8).transpose(1, 2) for a in heads.qkv(x).chunk(3, -1))
+    by_hand = (heads.turned(q) @ heads.turned(k).mT / 8**0.5).softmax(-1) @ v
+    assert torch.allclose(heads(x), heads.out(by_hand.transpose(1, 2).reshape(2, 6, 32)))
     plain = MultiHead(32, 4).double()
     plain.load_state_dict(heads.state_dict())
     assert torch.allclose(plain(x.flip(1)).flip(1), plain(x)) and not torch.allclose(
