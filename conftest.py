@@ -17,12 +17,13 @@ from nbval.plugin import IPyNbCell
 from diffusion_nb.util.allocator import keep_freed_memory
 from tools import figures
 from tools.kernels import launch
+from tools.outputs import SURROUNDINGS, without_widgets
 from tools.printed import Printed
 from tools.seen import Seen
 
 # One thread for each of the two workers; kernels inherit this, and the rest. `make test-anywhere` asks for others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ |= {"PYTHONHASHSEED": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+os.environ |= SURROUNDINGS
 keep_freed_memory()
 # The stored outputs are those of settings.ini as it stands.
 for name in ("DIFFUSION_NB_PROFILE", "DIFFUSION_NB_SET"):
@@ -33,7 +34,6 @@ hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("suite")
 
 EVAL_FALSE = re.compile(r"^#\s*\|\s*eval\s*:\s*false\s*$", re.MULTILINE | re.IGNORECASE)
-WIDGET = "application/vnd.jupyter.widget-view+json"
 PICTURES = ("iVBORw0KGgo", "R0lGOD")  # how PNG and GIF begin in base64
 DIFFERS = {
     r" at 0x[0-9a-f]+": "",  # nbdev-clean drops addresses from what is stored
@@ -41,10 +41,6 @@ DIFFERS = {
     r"[0-9a-f]{32}": "",  # the names that matplotlib gives to animations
 }
 RECORDED = {}  # path of a notebook ↦ {id of a cell: its figures}, with DIFFUSION_NB_RECORD_FIGURES
-
-
-def without_widgets(outputs):
-    return [out for out in outputs if WIDGET not in out.get("data", {})]
 
 
 class Cell(IPyNbCell):

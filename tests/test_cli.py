@@ -436,7 +436,7 @@ def folder(tmp_path):
     return tmp_path / "own"
 
 
-def test_a_folder_of_pictures_is_read_by_class(folder):
+def test_a_folder_of_pictures_is_read_by_class(folder, capsys):
     found = PictureFolder(folder, 8)
     assert len(found) == 6 and found.classes == ["a red", "green"] and found.labels == [0, 0, 0, 1, 1, 1]
     for i in (0, 5):
@@ -446,6 +446,10 @@ def test_a_folder_of_pictures_is_read_by_class(folder):
             and x.dtype == torch.uint8
             and x[:, 4, 4].tolist() == [[200, 10, 10], [10, 200, 10]][y]
         )
+    from diffusion_nb.cli.tasks import asked_pictures
+
+    assert asked_pictures(SimpleNamespace(data=str(folder), size=8)).classes == 2
+    assert capsys.readouterr().out == "classes, for --label: 0 a red, 1 green\n"
     (folder / "lost.png").write_bytes((folder / "green/0.png").read_bytes())
     with pytest.raises(ValueError, match="one or the other, a subfolder for each class"):
         PictureFolder(folder, 8)

@@ -18,10 +18,8 @@ from nbdev.clean import nbdev_clean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tools.outputs import SURROUNDINGS, without_widgets  # noqa: E402
 from tools.pictures import make_small  # noqa: E402
-
-WIDGET = "application/vnd.jupyter.widget-view+json"
-SURROUNDINGS = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # fmt: skip
 
 
 def run(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
@@ -30,7 +28,7 @@ def run(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
     NotebookClient(notebook, timeout=None, kernel_name="python3", store_widget_state=False, coalesce_streams=True, resources=about).execute()  # fmt: skip
     notebook.metadata.pop("widgets", None)
     for cell in (c for c in notebook.cells if c.cell_type == "code"):
-        cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
+        cell.outputs = without_widgets(cell.outputs)
     return notebook
 
 
@@ -42,7 +40,7 @@ def store(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ |= SURROUNDINGS
+    os.environ |= {"OMP_NUM_THREADS": "1", **SURROUNDINGS}
     for name in map(Path, sys.argv[1:]):
         start = time.monotonic()
         store(name)

@@ -1,4 +1,4 @@
-"""Texts of other lengths by masks: words of five and seven letters, and lines of verse (notebook 26)."""
+"""Longer texts by masks: words of seven letters, and lines of verse (notebook 26)."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -34,6 +34,11 @@ class ThreeStages:
     levels: tuple[float, ...] = (0.0, 0.1, 0.25)
 
 
+def shown(items):
+    "SHOWN of them, from the first on, evenly spread."
+    return items[:: len(items) // SHOWN][:SHOWN]
+
+
 def small(x: Float[Tensor, "n 3 32 32"]) -> Float[Tensor, "n 3 16 16"]:
     "The means of 2 × 2 pixels."
     return avg_pool2d(x, 2)
@@ -68,13 +73,12 @@ def run_three_stages(r: ThreeStages, **options) -> tuple[dict, dict]:
     }
     for name, x in (("true", low), ("drawn", drawn)):
         made |= {f"{name} 16×16, enlarged, s = {s:g}": enlarge_emoji(second, x, s, first=2**20) for s in r.levels}
-    some = made[f"drawn 16×16, enlarged, s = {r.levels[1]:g}"][:: len(which) // SHOWN][:SHOWN]
+    some = shown(made[f"drawn 16×16, enlarged, s = {r.levels[1]:g}"])
     large = enlarge_emoji(emoji_upsampler(), some, first=2**20)
-    sizes = {16: drawn[:: len(which) // SHOWN][:SHOWN], 32: some, 64: large}
+    sizes = {16: shown(drawn), 32: some, 64: large}
     said = {name: judge_captions(judge, data, x, which) for name, x in made.items()}
-    return {f"drawn at {k}": ((x + 1) * 127.5).round().byte() for k, x in sizes.items()}, rounded(
-        said
-    ) | trained_on()
+    kept = {f"drawn at {k}": ((x + 1) * 127.5).round().byte() for k, x in sizes.items()}
+    return kept, rounded(said) | trained_on()
 
 
 def bicubic(x: Float[Tensor, "n 3 16 16"]) -> Float[Tensor, "n 3 32 32"]:
@@ -83,8 +87,7 @@ def bicubic(x: Float[Tensor, "n 3 16 16"]) -> Float[Tensor, "n 3 32 32"]:
 
 def shown_captions(data: Emoji) -> list[str]:
     "The captions whose pictures are kept."
-    which = data.held_combinations.nonzero()[:, 0].tolist()
-    return [data.captions[i] for i in which[:: len(which) // SHOWN][:SHOWN]]
+    return [data.captions[i] for i in shown(data.held_combinations.nonzero()[:, 0].tolist())]
 
 
 def three_stages() -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:

@@ -57,15 +57,7 @@ class WordsRecipe(Training):
         "The network, not trained, from the recipe's seed."
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return TextNet(
-                len(self.letters),
-                self.length,
-                self.width,
-                self.depth,
-                self.heads,
-                self.dropout,
-                rotary=self.rotary,
-            )
+            return TextNet(len(self.letters), self.length, self.width, self.depth, self.heads, self.dropout, rotary=self.rotary)  # fmt: skip
 
     def tokens(self, texts: Sequence[str]) -> Int[Tensor, "n L"]:
         "Texts as numbers of letters, shorter ones filled up with spaces where the space is a letter; _ is the mask. Raises ValueError for what does not fit."
